@@ -1,0 +1,59 @@
+"""Run by Alembic's command line and by `todo_db.migrations`: which database, in which order.
+
+All pending migrations are one transaction behind one lock, so that two deploys at once, or a
+deploy that dies half-way, leave the old schema or the new one.
+"""
+
+import asyncio
+from collections.abc import Iterable
+
+from alembic import context
+from alembic.operations import MigrationScript
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection
+
+from todo_db.migrations import LOCK_SQL, direct_engine
+from todo_db.models import Base
+
+
+def _number(
+    _context: MigrationContext,
+    _revision: str | Iterable[str | None] | Iterable[str],
+    directives: list[MigrationScript],
+) -> None:
+    """Give the next revision the next number, four digits wide."""
+    head = ScriptDirectory.from_config(context.config).get_current_head()
+    for script in directives:
+        script.rev_id = f"{int(head or 0) + 1:04}"
+
+
+def _run(connection: Connection | None) -> None:
+    context.configure(
+        connection=connection,
+        dialect_name="postgresql",
+        target_metadata=Base.metadata,
+        literal_binds=connection is None,
+        process_revision_directives=_number,
+        compare_type=True,
+        compare_server_default=True,
+    )
+    with context.begin_transaction():
+        for statement in LOCK_SQL:
+            context.execute(statement)
+        context.run_migrations()
+
+
+async def _connect() -> None:
+    engine = direct_engine(context.config.attributes.get("url"))
+    try:
+        async with engine.connect() as connection:
+            await connection.run_sync(_run)
+    finally:
+        await engine.dispose()
+
+
+if context.is_offline_mode():
+    _run(None)
+else:
+    asyncio.run(_connect())

@@ -1,0 +1,102 @@
+"""Isolate users by row-level security."""
+
+from alembic import op
+
+revision = "0002"
+down_revision: str | None = "0001"
+branch_labels: str | None = None
+depends_on: str | None = None
+
+# Roles belong to the cluster, not to this database: another database, or another deploy, may
+# make the same role at this moment.
+_CREATE_ROLE = """
+    DO $$
+    BEGIN
+        CREATE ROLE todo_app NOLOGIN;
+    EXCEPTION WHEN duplicate_object OR unique_violation THEN
+        NULL;
+    END
+    $$
+"""
+# The migrating role must be able to SET ROLE todo_app, because it may be the login of the
+# application too (Neon's default owner). WITH INHERIT and WITH SET exist from PostgreSQL 16 on.
+_GRANT_ROLE = """
+    DO $$
+    DECLARE
+        modern CONSTANT boolean := current_setting('server_version_num')::integer >= 160000;
+    BEGIN
+        IF pg_has_role(current_user, 'todo_app', CASE WHEN modern THEN 'SET' ELSE 'MEMBER' END)
+        THEN
+            RETURN;
+        END IF;
+        IF modern THEN
+            GRANT todo_app TO CURRENT_USER WITH INHERIT FALSE, SET TRUE;
+        ELSE
+            GRANT todo_app TO CURRENT_USER;
+        END IF;
+    EXCEPTION
+        WHEN insufficient_privilege THEN
+            RAISE EXCEPTION 'The role todo_app was made by another owner of this cluster.'
+                USING ERRCODE = 'insufficient_privilege', HINT = format(
+                    'As that owner or a superuser run: GRANT todo_app TO %I;', current_user);
+        WHEN unique_violation THEN
+            NULL;
+    END
+    $$
+"""
+# A temporary table named like one of ours would be read instead of it, on a connection that the
+# next user gets. Grants on the database itself are not part of a template: see todo_db.testing.
+_TEMPORARY = """
+    DO $$
+    BEGIN
+        EXECUTE format('{} TEMPORARY ON DATABASE %I {} PUBLIC', current_database());
+    END
+    $$
+"""
+_GRANTS = (
+    """SELECT, DELETE, INSERT (user_id, title, description, completed),
+    UPDATE (title, description, completed) ON tasks""",
+    """SELECT, DELETE, INSERT (id, email, name, username, image),
+    UPDATE (name, username, image) ON users""",
+    "SELECT ON alembic_version",
+)
+_OWNER_COLUMNS = {"users": "id", "tasks": "user_id"}
+
+
+def upgrade() -> None:
+    """The role, exactly what it may do, and for each table a policy and a fence behind it."""
+    op.execute(_CREATE_ROLE)
+    op.execute(_GRANT_ROLE)
+    op.execute(_TEMPORARY.format("REVOKE", "FROM"))
+    op.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    op.execute("GRANT USAGE ON SCHEMA public TO todo_app")
+    for grant in _GRANTS:
+        op.execute(f"GRANT {grant} TO todo_app")
+    for table, column in _OWNER_COLUMNS.items():
+        # Without a context the setting is NULL at first and '' after a transaction that had
+        # one: both mean nobody. The sub-select is evaluated once, not for every row.
+        mine = f"{column} = (SELECT nullif(current_setting('todo_db.user_id', true), ''))"
+        op.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
+        op.execute(f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY")
+        op.execute(
+            f"CREATE POLICY {table}_own ON {table} TO todo_app USING ({mine}) WITH CHECK ({mine})"
+        )
+        # Permissive policies are OR-ed: one added by mistake would open the table. This one
+        # is AND-ed to whatever else there is.
+        op.execute(
+            f"CREATE POLICY {table}_fence ON {table} AS RESTRICTIVE TO todo_app "
+            f"USING ({mine}) WITH CHECK ({mine})"
+        )
+
+
+def downgrade() -> None:
+    """Open the tables again. The role stays: other databases may use it."""
+    for table in _OWNER_COLUMNS:
+        op.execute(f"DROP POLICY {table}_fence ON {table}")
+        op.execute(f"DROP POLICY {table}_own ON {table}")
+        op.execute(f"ALTER TABLE {table} NO FORCE ROW LEVEL SECURITY")
+        op.execute(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
+    for grant in _GRANTS:
+        op.execute(f"REVOKE {grant} FROM todo_app")
+    op.execute("REVOKE USAGE ON SCHEMA public FROM todo_app")
+    op.execute(_TEMPORARY.format("GRANT", "TO"))

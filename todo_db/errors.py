@@ -1,0 +1,247 @@
+"""Every error of the package, and what a driver's error becomes.
+
+```
+TodoDBError
+├── ConfigurationError             settings, URL, role or TLS; before or at open()
+├── InvalidInputError (ValueError) .field; before any SQL
+│   └── InvalidCursorError
+├── NotFoundError                  absent or not yours, never told apart
+│   ├── UserNotFoundError
+│   └── TaskNotFoundError
+├── ConflictError
+│   ├── EmailTakenError  UsernameTakenError  UserIdTakenError
+│   ├── StaleTaskError             expected_updated_at no longer holds
+│   └── IdempotencyKeyReusedError  same key, other payload
+├── NotAuthenticatedError          no or no valid credential; says no more
+├── IsolationError                 a bug or a wrong role, never user input
+├── SchemaError                    the database is older than this package
+├── TransactionError
+│   ├── TransactionDoomedError     an earlier statement failed, nothing was committed
+│   └── ConcurrentUseError         one transaction in two tasks
+├── UnavailableError               .retry_after; not applied, safe to try again
+│   ├── PoolExhaustedError
+│   └── CallTimeoutError
+└── OutcomeUnknownError            the COMMIT may or may not have happened
+```
+
+A message names fields, constraints and SQLSTATEs, never a value, a statement or a URL.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Final, override
+
+
+class TodoDBError(Exception):
+    """Something went wrong in the data layer.
+
+    The message of a subclass without arguments is the first line of its docstring.
+    """
+
+    @override
+    def __str__(self) -> str:
+        return super().__str__() or (self.__doc__ or "").partition("\n")[0]
+
+
+class ConfigurationError(TodoDBError):
+    """A setting, the URL, the role or the certificate is missing or wrong."""
+
+
+class InvalidInputError(TodoDBError, ValueError):
+    """An argument cannot be stored. No SQL was sent. Map it to HTTP 422.
+
+    Attributes:
+        field: The parameter's name.
+        requirement: What it must be, without the value that was given.
+    """
+
+    def __init__(self, field: str, requirement: str) -> None:
+        super().__init__(field, requirement)
+        self.field = field
+        self.requirement = requirement
+
+    @override
+    def __str__(self) -> str:
+        return f"{self.field}: {self.requirement}"
+
+
+class InvalidCursorError(InvalidInputError):
+    """A page cursor is damaged, or belongs to another sort or filter."""
+
+    def __init__(
+        self, field: str = "cursor", requirement: str = "must come from the page before, unchanged"
+    ) -> None:
+        super().__init__(field, requirement)
+
+
+class NotFoundError(TodoDBError):
+    """There is no such row of this user's. Map it to HTTP 404.
+
+    Another user's row raises the same error with the same message, so that ids cannot be
+    probed.
+    """
+
+
+class UserNotFoundError(NotFoundError):
+    """There is no such user."""
+
+
+class TaskNotFoundError(NotFoundError):
+    """The user has no such task."""
+
+
+class ConflictError(TodoDBError):
+    """The change contradicts what is stored. Map it to HTTP 409."""
+
+
+class EmailTakenError(ConflictError):
+    """Another user has this e-mail address."""
+
+
+class UsernameTakenError(ConflictError):
+    """Another user has this username."""
+
+
+class UserIdTakenError(ConflictError):
+    """A user with this id exists."""
+
+
+class StaleTaskError(ConflictError):
+    """The task was changed since it was read: `expected_updated_at` no longer holds."""
+
+
+class IdempotencyKeyReusedError(ConflictError):
+    """The idempotency key was used before, with another payload."""
+
+
+class NotAuthenticatedError(TodoDBError):
+    """The request carries no valid credential. Map it to HTTP 401."""
+
+
+class IsolationError(TodoDBError):
+    """The isolation of users was about to be broken: a bug or a wrong role, never user input.
+
+    Let an operator see it. Map it to HTTP 500.
+    """
+
+
+class SchemaError(TodoDBError):
+    """The database is not migrated as far as this package needs: run `todo-db migrate`."""
+
+
+class TransactionError(TodoDBError):
+    """The transaction cannot do this."""
+
+
+class TransactionDoomedError(TransactionError):
+    """An earlier statement failed; nothing of this transaction was or will be committed."""
+
+
+class ConcurrentUseError(TransactionError):
+    """Two tasks used one transaction at the same time. Open one for each."""
+
+
+class UnavailableError(TodoDBError):
+    """The database did not take the call. Nothing was applied: it is safe to try again.
+
+    Map it to HTTP 503 with `Retry-After`.
+
+    Attributes:
+        retry_after: Seconds worth waiting first.
+        transient: Whether the package itself tries again before it raises this.
+    """
+
+    def __init__(
+        self, message: str = "", *, retry_after: float = 1.0, transient: bool = False
+    ) -> None:
+        super().__init__(*([message] if message else []))
+        self.retry_after = retry_after
+        self.transient = transient
+
+
+class PoolExhaustedError(UnavailableError):
+    """No connection became free within `pool_timeout_seconds`."""
+
+
+class CallTimeoutError(UnavailableError):
+    """A lock or a statement took longer than its timeout, and was not applied."""
+
+
+class OutcomeUnknownError(TodoDBError):
+    """The connection broke while the COMMIT was under way: it may or may not have happened.
+
+    Read before you try again; trying blindly may do it twice.
+    """
+
+
+# Constraint names are API: tests hold this map against the catalogue of the live database.
+_BY_CONSTRAINT: Final[dict[str, Callable[[], TodoDBError]]] = {
+    "pk_users": UserIdTakenError,
+    "uq_users_email": EmailTakenError,
+    "uq_users_username": UsernameTakenError,
+    "fk_tasks_user_id_users": UserNotFoundError,
+    "ck_users_id_length": lambda: InvalidInputError("user_id", "must have 1 to 255 characters"),
+    "ck_users_email_lower": lambda: InvalidInputError("email", "must be in lower case"),
+    "ck_users_timestamps_range": lambda: InvalidInputError("created_at", "must be a usual date"),
+    "ck_tasks_title_not_blank": lambda: InvalidInputError("title", "must not be blank"),
+    "ck_tasks_description_length": lambda: InvalidInputError(
+        "description", "must have at most 65536 characters"
+    ),
+    "ck_tasks_timestamps_range": lambda: InvalidInputError("created_at", "must be a usual date"),
+}
+
+# https://www.postgresql.org/docs/current/errcodes-appendix.html; two characters are a class.
+_BY_SQLSTATE: Final[dict[str, Callable[[], TodoDBError]]] = {
+    "08": lambda: UnavailableError("the connection was lost", transient=True),
+    "23505": ConflictError,
+    "25006": lambda: TransactionError("a read-only transaction cannot write"),
+    "25P02": TransactionDoomedError,
+    "25P03": lambda: UnavailableError("the transaction was idle for too long"),
+    "28": lambda: ConfigurationError("the database refused the login"),
+    "3D000": lambda: ConfigurationError("the database of the URL does not exist"),
+    "40001": lambda: UnavailableError("concurrent transactions collided", transient=True),
+    "40P01": lambda: UnavailableError("concurrent transactions deadlocked", transient=True),
+    "42501": lambda: IsolationError("the database refused what the role may not do"),
+    "42703": SchemaError,
+    "42P01": SchemaError,
+    "53": lambda: UnavailableError("the database is short of resources", retry_after=5.0),
+    "53300": lambda: UnavailableError("the database has no connection left", transient=True),
+    "55P03": lambda: CallTimeoutError("a lock was not free in time", transient=True),
+    "57014": lambda: CallTimeoutError("a statement took too long"),
+    "57P": lambda: UnavailableError("the database is starting or stopping", transient=True),
+}
+
+
+def translated(error: BaseException) -> TodoDBError:
+    """Return what a driver's error means, from its SQLSTATE and constraint name alone.
+
+    A server's verdict may hide behind the loss of the connection that followed it, so the
+    causes are asked first, the innermost before the outer ones.
+    """
+    if isinstance(error, TodoDBError):
+        return error
+    for cause in reversed(list(_causes(error))):
+        constraint = getattr(cause, "constraint_name", None)
+        if constraint in _BY_CONSTRAINT:
+            return _BY_CONSTRAINT[constraint]()
+        sqlstate = getattr(cause, "sqlstate", None)
+        if isinstance(sqlstate, str):
+            return _from_sqlstate(sqlstate)
+    if isinstance(error, TimeoutError):
+        return CallTimeoutError("the database did not answer in time")
+    if isinstance(error, OSError):
+        return UnavailableError("the database cannot be reached", transient=True)
+    return TodoDBError(f"the driver failed with {type(error).__name__}")
+
+
+def _from_sqlstate(sqlstate: str) -> TodoDBError:
+    for length in (5, 3, 2):
+        if make := _BY_SQLSTATE.get(sqlstate[:length]):
+            return make()
+    return TodoDBError(f"the database refused a statement (SQLSTATE {sqlstate})")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__

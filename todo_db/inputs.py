@@ -1,0 +1,225 @@
+"""What callers may pass: checked in full before any SQL, and never echoed.
+
+Each check returns the value that is stored, or raises `InvalidInputError` with the field's name.
+Nothing is trimmed, folded or normalised, but an e-mail address, which is lower-cased because
+Better Auth finds no other.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final, TypedDict, cast
+
+from todo_db.errors import InvalidInputError
+from todo_db.models import DESCRIPTION_MAX, TITLE_MAX, USER_ID_MAX
+from todo_db.pagination import BIGINT_MAX, TaskSort
+
+PAGE_MAX: Final = 1_000
+BATCH_MAX: Final = 10_000
+SEARCH_MAX: Final = 200
+EMAIL_MAX: Final = 255
+NAME_MAX: Final = 255
+IMAGE_MAX: Final = 65_536
+
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+_EMAIL: Final = re.compile(r"[^\s@]+@[^\s@]+")
+_BLANK_CATEGORIES: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
+
+
+@dataclass(frozen=True, slots=True)
+class NewTask:
+    """One task for `TaskRepository.create_many`; checked there."""
+
+    title: str
+    description: str | None = None
+    completed: bool = False
+
+
+class TaskChanges(TypedDict, total=False):
+    """The columns of a task that may change. Absent is unchanged, None is NULL."""
+
+    title: str
+    description: str | None
+    completed: bool
+
+
+class UserChanges(TypedDict, total=False):
+    """The columns of a user that may change. Absent is unchanged, None is NULL."""
+
+    name: str
+    username: str | None
+    image: str | None
+
+
+def user_id(value: object) -> str:
+    """Check an id of a user: 1 to 255 characters, not all blank, compared exactly."""
+    return _not_blank("user_id", _text("user_id", value, USER_ID_MAX))
+
+
+def task_id(value: object) -> int:
+    """Check an id of a task: an `int` that PostgreSQL's bigint can hold."""
+    return _bigint("task_id", value)
+
+
+def task_ids(value: object) -> list[str]:
+    """Check ids for one bulk statement, and write them as the text[] it binds."""
+    return [str(_bigint("task_ids", item)) for item in _batch("task_ids", value)]
+
+
+def new_tasks(value: object) -> list[NewTask]:
+    """Check tasks for one bulk INSERT."""
+    tasks = _batch("tasks", value)
+    for task in tasks:
+        if not isinstance(task, NewTask):
+            raise InvalidInputError("tasks", "must contain NewTask and nothing else")
+        title(task.title)
+        description(task.description)
+        completed(task.completed)
+    return cast("list[NewTask]", tasks)
+
+
+def title(value: object) -> str:
+    """Check a title: 1 to 200 code points, at least one of them visible."""
+    return _not_blank("title", _text("title", value, TITLE_MAX))
+
+
+def description(value: object) -> str | None:
+    """Check a description: up to 65,536 code points, or None."""
+    return None if value is None else _text("description", value, DESCRIPTION_MAX)
+
+
+def completed(value: object) -> bool:
+    """Check a flag: `True` or `False`, nothing that merely is true or false."""
+    if not isinstance(value, bool):
+        raise InvalidInputError("completed", "must be True or False")
+    return value
+
+
+def task_changes(values: TaskChanges) -> TaskChanges:
+    """Check the given columns of a task."""
+    return cast("TaskChanges", _changes(values, _TASK_CHECKS))
+
+
+def user_changes(values: UserChanges) -> UserChanges:
+    """Check the given columns of a user."""
+    return cast("UserChanges", _changes(values, _USER_CHECKS))
+
+
+def email(value: object) -> str:
+    """Check an e-mail address, and lower its case."""
+    address = _text("email", value, EMAIL_MAX).lower()
+    if not _EMAIL.fullmatch(address):
+        raise InvalidInputError("email", "must be an e-mail address")
+    # Lowering can lengthen.
+    return _text("email", address, EMAIL_MAX)
+
+
+def name(value: object) -> str:
+    """Check a person's name; it may be empty."""
+    return _text("name", value, NAME_MAX)
+
+
+def username(value: object) -> str | None:
+    """Check a unique name, or None."""
+    if value is None:
+        return None
+    return _not_blank("username", _text("username", value, NAME_MAX))
+
+
+def image(value: object) -> str | None:
+    """Check a picture's address, or None."""
+    return None if value is None else _text("image", value, IMAGE_MAX)
+
+
+def limit(value: object) -> int:
+    """Check a page's size: 1 to 1,000 rows."""
+    if type(value) is not int or not 1 <= value <= PAGE_MAX:
+        raise InvalidInputError("limit", f"must be a whole number from 1 to {PAGE_MAX}")
+    return value
+
+
+def search(value: object) -> str | None:
+    """Check a search text, and turn it into a LIKE pattern whose wildcards are literal.
+
+    None and the empty text search for nothing, which is everything.
+    """
+    if value is None or value == "":
+        return None
+    found = _text("search", value, SEARCH_MAX)
+    return f"%{re.sub(r'([\\%_])', r'\\\1', found)}%"
+
+
+def sort(value: object) -> TaskSort:
+    """Check an order: a member of `TaskSort`, never a piece of SQL."""
+    if not isinstance(value, TaskSort):
+        raise InvalidInputError("sort", "must be a TaskSort")
+    return value
+
+
+def moment(field: str, value: object) -> datetime:
+    """Check a moment: a `datetime` with a time zone, as records carry it."""
+    if not isinstance(value, datetime) or value.utcoffset() is None:
+        raise InvalidInputError(field, "must be a datetime with a time zone")
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        failure = InvalidInputError(field, "must be within the years 1 to 9999 in UTC")
+    raise failure
+
+
+def _text(field: str, value: object, longest: int) -> str:
+    if not isinstance(value, str):
+        raise InvalidInputError(field, "must be a str")
+    if len(value) > longest:
+        raise InvalidInputError(field, f"must have at most {longest} characters")
+    if "\x00" in value:
+        raise InvalidInputError(field, "must not contain NUL")
+    if not value.isascii() and _SURROGATE.search(value):
+        raise InvalidInputError(field, "must not contain lone surrogates")
+    return value
+
+
+def _not_blank(field: str, value: str) -> str:
+    if all(char.isspace() or unicodedata.category(char) in _BLANK_CATEGORIES for char in value):
+        raise InvalidInputError(field, "must not be blank")
+    return value
+
+
+def _bigint(field: str, value: object) -> int:
+    if type(value) is not int:
+        raise InvalidInputError(field, "must be an int")
+    if not -BIGINT_MAX - 1 <= value <= BIGINT_MAX:
+        raise InvalidInputError(field, "must fit in 64 bits")
+    return value
+
+
+def _batch(field: str, value: object) -> list[object]:
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise InvalidInputError(field, "must be a list")
+    items = list(cast("Iterable[object]", value))
+    if len(items) > BATCH_MAX:
+        raise InvalidInputError(field, f"must have at most {BATCH_MAX} items")
+    return items
+
+
+_TASK_CHECKS: Final[dict[str, Callable[[object], object]]] = {
+    "title": title,
+    "description": description,
+    "completed": completed,
+}
+_USER_CHECKS: Final[dict[str, Callable[[object], object]]] = {
+    "name": name,
+    "username": username,
+    "image": image,
+}
+
+
+def _changes(
+    values: TaskChanges | UserChanges, checks: dict[str, Callable[[object], object]]
+) -> dict[str, object]:
+    for field in values:
+        if field not in checks:
+            raise InvalidInputError("changes", f"may name {', '.join(checks)}")
+    return {field: checks[field](value) for field, value in values.items()}

@@ -1,0 +1,605 @@
+"""The tasks of one user."""
+
+import builtins
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from datetime import datetime
+from functools import cache
+from typing import Any, Final, Unpack
+
+from sqlalchemy import (
+    ARRAY,
+    CTE,
+    BigInteger,
+    BindParameter,
+    Boolean,
+    ColumnElement,
+    DateTime,
+    Executable,
+    Integer,
+    String,
+    Text,
+    any_,
+    bindparam,
+    cast,
+    column,
+    delete,
+    exists,
+    false,
+    func,
+    insert,
+    literal_column,
+    or_,
+    select,
+    true,
+    tuple_,
+    update,
+)
+
+from todo_db import inputs
+from todo_db.errors import StaleTaskError, TaskNotFoundError
+from todo_db.inputs import NewTask, TaskChanges
+from todo_db.models import Task
+from todo_db.pagination import BIGINT_MAX, Page, Position, TaskSort, decode, encode
+from todo_db.records import TaskRecord
+from todo_db.repositories.statements import Call, Executor, Repeat, Row, Statement
+
+_COLUMNS: Final = (
+    Task.id,
+    Task.user_id,
+    Task.title,
+    Task.description,
+    Task.completed,
+    Task.created_at,
+    Task.updated_at,
+)
+_TITLE: Final = Task.title.collate("C")
+
+type Filters = tuple[bool | None, str | None]
+"""What a list or a count is narrowed to: `completed`, and the pattern of a search."""
+
+
+class TaskRepository:
+    """The tasks of one user: every method takes `user_id` first, and reaches nobody else's.
+
+    On a `Database` each call is its own transaction of three round trips, committed before it
+    returns, and run again when it is known not to have been applied. On a `Transaction` each
+    call is one round trip inside it, and `user_id` must be the transaction's.
+
+    Every method raises `InvalidInputError` before any SQL for an argument that cannot be stored,
+    `IsolationError` for a `user_id` that is not the transaction's, `UnavailableError` when the
+    database did not take the call, and, on a `Database`, `OutcomeUnknownError` when the
+    connection broke during the COMMIT of a change that cannot safely be run again.
+
+    Args:
+        executor: A `Database` or a `Transaction`.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    async def create(
+        self,
+        user_id: str,
+        title: str,
+        *,
+        description: str | None = None,
+        completed: bool = False,
+    ) -> TaskRecord:
+        """Store a new task.
+
+        One INSERT. Takes a share lock on the user's row, which only a change of its keys or
+        its deletion waits for.
+
+        Raises:
+            UserNotFoundError: There is no such user.
+        """
+        user_id = inputs.user_id(user_id)
+        values = {
+            "title": inputs.title(title),
+            "description": inputs.description(description),
+            "completed": inputs.completed(completed),
+        }
+        return await self._executor.perform(user_id, Call(_CREATE, values, _one))
+
+    async def create_many(
+        self, user_id: str, tasks: Iterable[NewTask]
+    ) -> builtins.list[TaskRecord]:
+        """Store up to 10,000 new tasks with one INSERT, all or none, and return them in order.
+
+        Raises:
+            UserNotFoundError: There is no such user.
+        """
+        user_id = inputs.user_id(user_id)
+        new = inputs.new_tasks(tasks)
+        values = {
+            "titles": [task.title for task in new],
+            "descriptions": [task.description for task in new],
+            "completed": ["true" if task.completed else "false" for task in new],
+        }
+        return await self._executor.perform(user_id, Call(_CREATE_MANY, values, _all))
+
+    async def get(self, user_id: str, task_id: int) -> TaskRecord:
+        """Return one task.
+
+        One SELECT by primary key and owner; takes no lock.
+
+        Raises:
+            TaskNotFoundError: The user has no such task, whether or not someone else has.
+        """
+        user_id = inputs.user_id(user_id)
+        values = {"task_id": inputs.task_id(task_id)}
+        return await self._executor.perform(user_id, Call(_GET, values, _one, Repeat.READ))
+
+    async def list(  # noqa: PLR0913  # each narrows or orders the same list
+        self,
+        user_id: str,
+        *,
+        completed: bool | None = None,
+        search: str | None = None,
+        sort: TaskSort = TaskSort.NEWEST,
+        limit: int = 50,
+        cursor: str | None = None,
+    ) -> Page[TaskRecord]:
+        """Return one page of tasks.
+
+        One SELECT; takes no lock. Deep pages cost what the first one costs.
+
+        Args:
+            user_id: Whose tasks.
+            completed: Only those that are, or are not; None for both.
+            search: Only those with this text in title or description, in any case.
+            sort: Their order.
+            limit: Rows of a page, 1 to 1,000.
+            cursor: `next_cursor` of the page before, asked with the same sort and filters.
+
+        Raises:
+            InvalidCursorError: The cursor is damaged, or belongs to another sort or filter.
+        """
+        user_id = inputs.user_id(user_id)
+        filters = _filters(completed, search)
+        size = inputs.limit(limit)
+        sort = inputs.sort(sort)
+        after = None if cursor is None else decode(cursor, sort, filters)
+        return await self._executor.perform(user_id, _page(sort, filters, size, after))
+
+    async def iterate(
+        self,
+        user_id: str,
+        *,
+        completed: bool | None = None,
+        search: str | None = None,
+        sort: TaskSort = TaskSort.NEWEST,
+    ) -> AsyncIterator[TaskRecord]:
+        """Yield all tasks, page by page, in flat memory.
+
+        On a `Database` each page of 500 is its own transaction, so no connection is held while
+        the caller works; a task that is changed meanwhile may be seen in either state, and one
+        whose sort key is changed may be missed or seen twice. `NEWEST` has no such key.
+        """
+        user_id = inputs.user_id(user_id)
+        filters = _filters(completed, search)
+        sort = inputs.sort(sort)
+        after: Position | None = None
+        while True:
+            page = await self._executor.perform(user_id, _page(sort, filters, _ITERATE_SIZE, after))
+            for task in page.items:
+                yield task
+            if page.next_cursor is None:
+                return
+            after = _position(sort, page.items[-1])
+
+    async def count(
+        self, user_id: str, *, completed: bool | None = None, search: str | None = None
+    ) -> int:
+        """Count the tasks that `list` would return on all its pages.
+
+        One SELECT; takes no lock. Its time grows with the user's own tasks.
+        """
+        user_id = inputs.user_id(user_id)
+        filters = _filters(completed, search)
+        statement = _count_statement(*_shape(filters))
+        return await self._executor.perform(
+            user_id, Call(statement, _given(filters), _number, Repeat.READ)
+        )
+
+    async def update(
+        self,
+        user_id: str,
+        task_id: int,
+        *,
+        expected_updated_at: datetime | None = None,
+        **changes: Unpack[TaskChanges],
+    ) -> TaskRecord:
+        """Change the given columns of one task; without any, return it as `get` does.
+
+        One UPDATE; locks the row. `updated_at` moves only when a column really changes.
+
+        Args:
+            user_id: Whose task.
+            task_id: Which task.
+            expected_updated_at: Change it only if its `updated_at` still is this.
+            **changes: `title`, `description`, `completed`; None is NULL.
+
+        Raises:
+            TaskNotFoundError: The user has no such task, whether or not someone else has.
+            StaleTaskError: `expected_updated_at` no longer holds; nothing was changed.
+        """
+        user_id = inputs.user_id(user_id)
+        values: dict[str, object] = {"task_id": inputs.task_id(task_id)}
+        new = inputs.task_changes(changes)
+        if expected_updated_at is not None:
+            values["expected"] = inputs.moment("expected_updated_at", expected_updated_at)
+        if not new:
+            call = Call(_GET, {"task_id": values["task_id"]}, _one, Repeat.READ)
+            task = await self._executor.perform(user_id, call)
+            if values.get("expected", task.updated_at) != task.updated_at:
+                raise StaleTaskError
+            return task
+        values |= _new(new)
+        columns = frozenset(new)
+        if expected_updated_at is None:
+            call = Call(_update_statement(columns), values, _one, Repeat.SAME)
+        else:
+            call = Call(_update_if_statement(columns), values, _one_if_fresh)
+        return await self._executor.perform(user_id, call)
+
+    async def toggle(self, user_id: str, task_id: int) -> TaskRecord:
+        """Turn `completed` around, whatever it is at that moment.
+
+        One UPDATE; locks the row, so that two toggles at once are two toggles.
+
+        Raises:
+            TaskNotFoundError: The user has no such task, whether or not someone else has.
+        """
+        user_id = inputs.user_id(user_id)
+        values = {"task_id": inputs.task_id(task_id)}
+        return await self._executor.perform(user_id, Call(_TOGGLE, values, _one))
+
+    async def delete(self, user_id: str, task_id: int) -> None:
+        """Delete one task, for good. Its id is never used again.
+
+        One DELETE.
+
+        Raises:
+            TaskNotFoundError: The user has no such task, whether or not someone else has.
+        """
+        user_id = inputs.user_id(user_id)
+        values = {"task_id": inputs.task_id(task_id)}
+        await self._executor.perform(user_id, Call(_DELETE, values, _found, Repeat.GONE))
+
+    async def update_many(
+        self, user_id: str, task_ids: Iterable[int], **changes: Unpack[TaskChanges]
+    ) -> int:
+        """Change the given columns of up to 10,000 tasks; return how many really changed.
+
+        One UPDATE; locks the rows in the order of their ids. Ids that are not the user's, and
+        tasks that are as wanted already, are passed over.
+        """
+        user_id = inputs.user_id(user_id)
+        ids = inputs.task_ids(task_ids)
+        new = inputs.task_changes(changes)
+        if not new:
+            return 0
+        values = {"task_ids": ids} | _new(new)
+        call = Call(_update_many_statement(frozenset(new)), values, _number)
+        return await self._executor.perform(user_id, call)
+
+    async def delete_many(self, user_id: str, task_ids: Iterable[int]) -> int:
+        """Delete up to 10,000 tasks; return how many there were.
+
+        One DELETE; locks the rows in the order of their ids. Ids that are not the user's are
+        passed over.
+        """
+        user_id = inputs.user_id(user_id)
+        values = {"task_ids": inputs.task_ids(task_ids)}
+        return await self._executor.perform(user_id, Call(_DELETE_MANY, values, _number))
+
+    async def delete_completed(self, user_id: str) -> int:
+        """Delete all completed tasks; return how many there were.
+
+        One DELETE; locks the rows in the order of their ids.
+        """
+        user_id = inputs.user_id(user_id)
+        return await self._executor.perform(user_id, Call(_DELETE_COMPLETED, {}, _number))
+
+
+_ITERATE_SIZE: Final = 500
+
+
+def _one(rows: Sequence[Row]) -> TaskRecord:
+    if not rows:
+        raise TaskNotFoundError
+    return TaskRecord(*rows[0])
+
+
+def _one_if_fresh(rows: Sequence[Row]) -> TaskRecord:
+    if not rows:
+        raise TaskNotFoundError
+    *columns, changed = rows[0]
+    if not changed:
+        raise StaleTaskError
+    return TaskRecord(*columns)
+
+
+def _found(rows: Sequence[Row]) -> None:
+    if not rows:
+        raise TaskNotFoundError
+
+
+def _all(rows: Sequence[Row]) -> list[TaskRecord]:
+    return [TaskRecord(*row) for row in rows]
+
+
+def _number(rows: Sequence[Row]) -> int:
+    return int(rows[0][0])
+
+
+def _filters(completed: bool | None, search: str | None) -> Filters:  # noqa: FBT001
+    return (None if completed is None else inputs.completed(completed), inputs.search(search))
+
+
+def _shape(filters: Filters) -> tuple[bool, bool]:
+    return filters[0] is not None, filters[1] is not None
+
+
+def _given(filters: Filters) -> dict[str, object]:
+    names = ("completed", "pattern")
+    return {name: value for name, value in zip(names, filters, strict=True) if value is not None}
+
+
+def _new(changes: Mapping[str, object]) -> dict[str, object]:
+    return {f"new_{name}": value for name, value in changes.items()}
+
+
+def _position(sort: TaskSort, task: TaskRecord) -> Position:
+    match sort:
+        case TaskSort.NEWEST | TaskSort.OLDEST:
+            return Position(None, task.id)
+        case TaskSort.RECENTLY_UPDATED:
+            return Position(task.updated_at, task.id)
+        case TaskSort.TITLE:
+            return Position(task.title, task.id)
+
+
+def _page(
+    sort: TaskSort, filters: Filters, limit: int, after: Position | None
+) -> Call[Page[TaskRecord]]:
+    def result(rows: Sequence[Row]) -> Page[TaskRecord]:
+        items = tuple(_all(rows[:limit]))
+        if len(rows) <= limit:
+            return Page(items, None)
+        return Page(items, encode(sort, filters, _position(sort, items[-1])))
+
+    # One row more than the page says whether there is another page.
+    values = _given(filters) | {"limit": limit + 1}
+    if sort is TaskSort.NEWEST:
+        values["after_id"] = BIGINT_MAX if after is None else after.id
+    elif sort is TaskSort.OLDEST:
+        values["after_id"] = 0 if after is None else after.id
+    elif after is not None:
+        values |= {"after_key": after.key, "after_id": after.id}
+    statement = _page_statement(sort, *_shape(filters), after=after is not None)
+    return Call(statement, values, result, Repeat.READ)
+
+
+# The statements, one for each shape.
+
+_TASK_ID: Final = bindparam("task_id", type_=BigInteger())
+_AFTER_ID: Final = bindparam("after_id", type_=BigInteger())
+_NEW: Final[dict[str, BindParameter[Any]]] = {
+    "title": bindparam("new_title", type_=String()),
+    "description": bindparam("new_description", type_=Text()),
+    "completed": bindparam("new_completed", type_=Boolean()),
+}
+
+
+def _strings(name: str) -> BindParameter[Any]:
+    # asyncpg asks the server about any other array type, once on each connection.
+    return bindparam(name, type_=ARRAY(Text()))
+
+
+def _narrowed(completed: bool, search: bool) -> list[ColumnElement[bool]]:  # noqa: FBT001
+    narrowed: list[ColumnElement[bool]] = []
+    if completed:
+        narrowed.append(Task.completed == bindparam("completed", type_=Boolean()))
+    if search:
+        pattern = bindparam("pattern", type_=Text())
+        narrowed.append(
+            or_(
+                Task.title.ilike(pattern, escape="\\"),
+                Task.description.ilike(pattern, escape="\\"),
+            )
+        )
+    return narrowed
+
+
+@cache
+def _page_statement(
+    sort: TaskSort,
+    completed: bool,  # noqa: FBT001
+    search: bool,  # noqa: FBT001
+    *,
+    after: bool,
+) -> Statement:
+    def build(owner: ColumnElement[str]) -> Executable:
+        page = (
+            select(*_COLUMNS)
+            .where(Task.user_id == owner, *_narrowed(completed, search))
+            .limit(bindparam("limit", type_=Integer()))
+        )
+        match sort:
+            # The owner is in the key and in the order, so that the planner cannot prefer to
+            # walk the primary key past everybody else's rows.
+            case TaskSort.NEWEST:
+                return page.where(
+                    tuple_(Task.user_id, Task.id) < tuple_(owner, _AFTER_ID)
+                ).order_by(Task.user_id.desc(), Task.id.desc())
+            case TaskSort.OLDEST:
+                return page.where(
+                    tuple_(Task.user_id, Task.id) > tuple_(owner, _AFTER_ID)
+                ).order_by(Task.user_id, Task.id)
+            case TaskSort.RECENTLY_UPDATED:
+                key = bindparam("after_key", type_=DateTime(timezone=True))
+                if after:
+                    page = page.where(tuple_(Task.updated_at, Task.id) < tuple_(key, _AFTER_ID))
+                return page.order_by(Task.updated_at.desc(), Task.id.desc())
+            case TaskSort.TITLE:
+                title = bindparam("after_key", type_=Text())
+                if after:
+                    page = page.where(tuple_(_TITLE, Task.id) > tuple_(title, _AFTER_ID))
+                return page.order_by(_TITLE, Task.id)
+
+    return Statement(build)
+
+
+@cache
+def _count_statement(completed: bool, search: bool) -> Statement:  # noqa: FBT001
+    return Statement(
+        lambda owner: (
+            select(func.count())
+            .select_from(Task)
+            .where(Task.user_id == owner, *_narrowed(completed, search))
+        )
+    )
+
+
+def _set(columns: frozenset[str]) -> dict[str, BindParameter[Any]]:
+    return {name: parameter for name, parameter in _NEW.items() if name in columns}
+
+
+@cache
+def _update_statement(columns: frozenset[str]) -> Statement:
+    return Statement(
+        lambda owner: (
+            update(Task)
+            .where(Task.user_id == owner, Task.id == _TASK_ID)
+            .values(_set(columns))
+            .returning(*_COLUMNS)
+        )
+    )
+
+
+@cache
+def _update_if_statement(columns: frozenset[str]) -> Statement:
+    """Change the row if it is fresh; else return it as it is, marked, to tell stale from gone."""
+
+    def build(owner: ColumnElement[str]) -> Executable:
+        changed = (
+            update(Task)
+            .where(
+                Task.user_id == owner,
+                Task.id == _TASK_ID,
+                Task.updated_at == bindparam("expected", type_=DateTime(timezone=True)),
+            )
+            .values(_set(columns))
+            .returning(*_COLUMNS)
+            .cte("changed")
+        )
+        unchanged = select(*_COLUMNS, false()).where(
+            Task.user_id == owner, Task.id == _TASK_ID, ~exists(select(changed.c.id))
+        )
+        return select(changed, true()).union_all(unchanged)
+
+    return Statement(build)
+
+
+def _locked(owner: ColumnElement[str], *which: ColumnElement[bool]) -> CTE:
+    """Lock the rows in the order of their ids: two bulk changes then wait, not deadlock."""
+    return (
+        select(Task.id)
+        .where(Task.user_id == owner, *which)
+        .order_by(Task.id)
+        .with_for_update()
+        .cte("locked")
+    )
+
+
+def _among() -> ColumnElement[bool]:
+    return Task.id == any_(cast(_strings("task_ids"), ARRAY(BigInteger())))
+
+
+@cache
+def _update_many_statement(columns: frozenset[str]) -> Statement:
+    def build(owner: ColumnElement[str]) -> Executable:
+        new = _set(columns)
+        locked = _locked(owner, _among())
+        changed = (
+            update(Task)
+            .where(
+                Task.user_id == owner,
+                Task.id == locked.c.id,
+                or_(*(getattr(Task, name).is_distinct_from(new[name]) for name in new)),
+            )
+            .values(new)
+            .returning(literal_column("1", Integer()))
+            .cte("changed")
+        )
+        return select(func.count()).select_from(changed)
+
+    return Statement(build)
+
+
+def _delete_locked(owner: ColumnElement[str], *which: ColumnElement[bool]) -> Executable:
+    locked = _locked(owner, *which)
+    deleted = (
+        delete(Task)
+        .where(Task.user_id == owner, Task.id == locked.c.id)
+        .returning(literal_column("1", Integer()))
+        .cte("deleted")
+    )
+    return select(func.count()).select_from(deleted)
+
+
+def _create_many(owner: ColumnElement[str]) -> Executable:
+    given = (
+        func.unnest(_strings("titles"), _strings("descriptions"), _strings("completed"))
+        .table_valued(
+            column("title", Text()),
+            column("description", Text()),
+            column("completed", Text()),
+            with_ordinality="position",
+            name="given",
+        )
+        .render_derived()
+    )
+    return (
+        insert(Task)
+        .from_select(
+            ["user_id", "title", "description", "completed"],
+            select(
+                owner, given.c.title, given.c.description, cast(given.c.completed, Boolean())
+            ).order_by(given.c.position),
+        )
+        .returning(*_COLUMNS)
+    )
+
+
+_GET: Final = Statement(
+    lambda owner: select(*_COLUMNS).where(Task.user_id == owner, Task.id == _TASK_ID)
+)
+_CREATE: Final = Statement(
+    lambda owner: (
+        insert(Task)
+        .values(
+            user_id=owner,
+            title=bindparam("title"),
+            description=bindparam("description"),
+            completed=bindparam("completed"),
+        )
+        .returning(*_COLUMNS)
+    )
+)
+_CREATE_MANY: Final = Statement(_create_many)
+_TOGGLE: Final = Statement(
+    lambda owner: (
+        update(Task)
+        .where(Task.user_id == owner, Task.id == _TASK_ID)
+        .values(completed=~Task.completed)
+        .returning(*_COLUMNS)
+    )
+)
+_DELETE: Final = Statement(
+    lambda owner: delete(Task).where(Task.user_id == owner, Task.id == _TASK_ID).returning(Task.id)
+)
+_DELETE_MANY: Final = Statement(lambda owner: _delete_locked(owner, _among()))
+_DELETE_COMPLETED: Final = Statement(lambda owner: _delete_locked(owner, Task.completed == true()))

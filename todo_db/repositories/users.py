@@ -1,0 +1,184 @@
+"""The caller's own user row."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, Final, Unpack
+
+from sqlalchemy import BindParameter, ColumnElement, Executable, Text, bindparam, delete, select
+from sqlalchemy import update as update_
+from sqlalchemy.dialects.postgresql import insert
+
+from todo_db import inputs
+from todo_db.errors import EmailTakenError, TodoDBError, UnavailableError, UserNotFoundError
+from todo_db.inputs import UserChanges
+from todo_db.models import User
+from todo_db.records import UserRecord
+from todo_db.repositories.statements import Call, Executor, Repeat, Row, Statement
+
+_COLUMNS: Final = (
+    User.id,
+    User.email,
+    User.username,
+    User.name,
+    User.email_verified,
+    User.image,
+    User.created_at,
+    User.updated_at,
+)
+_ENSURE_TRIES: Final = 3
+
+
+class UserRepository:
+    """The caller's own row of `users`: every method takes its id, and reaches nobody else's.
+
+    Transactions, retries and the errors of every method are as for `TaskRepository`.
+
+    Args:
+        executor: A `Database` or a `Transaction`.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+
+    async def create(
+        self, user_id: str, *, email: str, name: str, username: str | None = None
+    ) -> UserRecord:
+        """Store a new user under the id that the caller's authentication gave.
+
+        One INSERT. The e-mail address is stored in lower case.
+
+        Raises:
+            UserIdTakenError: A user with this id exists.
+            EmailTakenError: Another user has this e-mail address.
+            UsernameTakenError: Another user has this username.
+        """
+        user_id = inputs.user_id(user_id)
+        values = {
+            "email": inputs.email(email),
+            "name": inputs.name(name),
+            "username": inputs.username(username),
+        }
+        return await self._executor.perform(user_id, Call(_CREATE, values, _one))
+
+    async def ensure(self, user_id: str, *, email: str, name: str) -> UserRecord:
+        """Return the user, stored first if there is none; an existing row stays as it is.
+
+        One INSERT … ON CONFLICT, run up to three times when another call stores the same user
+        at the same moment. In a transaction it is wrapped in a savepoint.
+
+        Raises:
+            EmailTakenError: There is no such user, and another one has this e-mail address.
+        """
+        user_id = inputs.user_id(user_id)
+        values = {"email": inputs.email(email), "name": inputs.name(name)}
+        call = Call(_ENSURE, values, _one_or_none, Repeat.SAME, may_fail=True)
+        failure: TodoDBError = UnavailableError("the user was stored and deleted all the time")
+        for _ in range(_ENSURE_TRIES):
+            try:
+                user = await self._executor.perform(user_id, call)
+            except EmailTakenError as error:
+                failure = error
+            else:
+                if user is not None:
+                    return user
+        raise failure
+
+    async def get(self, user_id: str) -> UserRecord:
+        """Return the user.
+
+        One SELECT by primary key; takes no lock.
+
+        Raises:
+            UserNotFoundError: There is no such user.
+        """
+        user_id = inputs.user_id(user_id)
+        return await self._executor.perform(user_id, Call(_GET, {}, _one, Repeat.READ))
+
+    async def update(self, user_id: str, **changes: Unpack[UserChanges]) -> UserRecord:
+        """Change the given columns; without any, return the user as `get` does.
+
+        One UPDATE; locks the row. The e-mail address belongs to the authentication.
+
+        Args:
+            user_id: Who.
+            **changes: `name`, `username`, `image`; None is NULL.
+
+        Raises:
+            UserNotFoundError: There is no such user.
+            UsernameTakenError: Another user has this username.
+        """
+        user_id = inputs.user_id(user_id)
+        new = inputs.user_changes(changes)
+        if not new:
+            return await self.get(user_id)
+        values: Mapping[str, object] = {f"new_{field}": value for field, value in new.items()}
+        call = Call(_update_statement(frozenset(new)), values, _one, Repeat.SAME)
+        return await self._executor.perform(user_id, call)
+
+    async def delete(self, user_id: str) -> None:
+        """Delete the user and, by cascade, all the user's tasks.
+
+        One DELETE; locks all of it until the commit.
+
+        Raises:
+            UserNotFoundError: There is no such user.
+        """
+        user_id = inputs.user_id(user_id)
+        await self._executor.perform(user_id, Call(_DELETE, {}, _found, Repeat.GONE))
+
+
+def _one(rows: Sequence[Row]) -> UserRecord:
+    if not rows:
+        raise UserNotFoundError
+    return UserRecord(*rows[0])
+
+
+def _one_or_none(rows: Sequence[Row]) -> UserRecord | None:
+    return UserRecord(*rows[0]) if rows else None
+
+
+def _found(rows: Sequence[Row]) -> None:
+    if not rows:
+        raise UserNotFoundError
+
+
+_NEW: Final[dict[str, BindParameter[Any]]] = {
+    field: bindparam(f"new_{field}", type_=Text()) for field in ("name", "username", "image")
+}
+
+
+@cache
+def _update_statement(columns: frozenset[str]) -> Statement:
+    new = {field: parameter for field, parameter in _NEW.items() if field in columns}
+    return Statement(
+        lambda owner: update_(User).where(User.id == owner).values(new).returning(*_COLUMNS)
+    )
+
+
+def _ensure(owner: ColumnElement[str]) -> Executable:
+    created = (
+        insert(User)
+        .values(id=owner, email=bindparam("email"), name=bindparam("name"))
+        .on_conflict_do_nothing(index_elements=[User.id])
+        .returning(*_COLUMNS)
+        .cte("created")
+    )
+    # The SELECT does not see what its own statement stored, so the two never overlap.
+    return select(created).union_all(select(*_COLUMNS).where(User.id == owner))
+
+
+_CREATE: Final = Statement(
+    lambda owner: (
+        insert(User)
+        .values(
+            id=owner,
+            email=bindparam("email"),
+            name=bindparam("name"),
+            username=bindparam("username"),
+        )
+        .returning(*_COLUMNS)
+    )
+)
+_ENSURE: Final = Statement(_ensure)
+_GET: Final = Statement(lambda owner: select(*_COLUMNS).where(User.id == owner))
+_DELETE: Final = Statement(lambda owner: delete(User).where(User.id == owner).returning(User.id))

@@ -1,0 +1,97 @@
+"""Everything that can be set, from arguments, the environment or `.env`, in this order."""
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from todo_db.errors import ConfigurationError
+
+_Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """Frozen settings. URLs and secrets print as asterisks.
+
+    Each field is read from the variable of its name, `TODO_DB_` in front unless another name is
+    given below. Durations are in seconds.
+
+    Raises:
+        ConfigurationError: A value is missing its shape. Names the variable, not the value.
+
+    Attributes:
+        database_url: `DATABASE_URL`. What `Database` connects to; Neon's pooled URL, say.
+        direct_database_url: `DIRECT_DATABASE_URL`. What migrations connect to, where that
+            differs.
+        better_auth_secret: `BETTER_AUTH_SECRET`, as on the Better Auth server.
+        better_auth_url: `BETTER_AUTH_URL`, as on the Better Auth server.
+        pool_size: Connections kept open by each process.
+        max_overflow: Connections opened beyond that under load, and closed after it.
+        pool_timeout_seconds: How long a call waits for a connection.
+        connect_timeout_seconds: How long one attempt to connect may take.
+        command_timeout_seconds: How long the client waits for any answer. The only defence
+            against a peer that vanished; keep it above `statement_timeout_seconds`.
+        statement_timeout_seconds: When the server gives a statement up.
+        lock_timeout_seconds: When the server gives waiting for a lock up.
+        idle_in_transaction_timeout_seconds: When the server ends a transaction nobody uses.
+        retry_attempts: Tries of a call that is known not to have been applied, the first
+            included. 1 turns retries off.
+        retry_timeout_seconds: How long all tries may take together.
+        prepared_statements: Keep prepared statements on each connection. Needs PostgreSQL
+            itself, or PgBouncer 1.21 or later; off costs one round trip a call.
+    """
+
+    model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
+        env_prefix="TODO_DB_",
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+        populate_by_name=True,
+    )
+
+    database_url: SecretStr | None = Field(
+        default=None, validation_alias=AliasChoices("database_url", "DATABASE_URL")
+    )
+    direct_database_url: SecretStr | None = Field(
+        default=None, validation_alias=AliasChoices("direct_database_url", "DIRECT_DATABASE_URL")
+    )
+    better_auth_secret: SecretStr | None = Field(
+        default=None, validation_alias=AliasChoices("better_auth_secret", "BETTER_AUTH_SECRET")
+    )
+    better_auth_url: str | None = Field(
+        default=None, validation_alias=AliasChoices("better_auth_url", "BETTER_AUTH_URL")
+    )
+    pool_size: int = Field(default=5, ge=1, le=1000)
+    max_overflow: int = Field(default=5, ge=0, le=1000)
+    pool_timeout_seconds: _Seconds = 10.0
+    connect_timeout_seconds: _Seconds = 10.0
+    command_timeout_seconds: _Seconds = 30.0
+    statement_timeout_seconds: _Seconds = 5.0
+    lock_timeout_seconds: _Seconds = 3.0
+    idle_in_transaction_timeout_seconds: _Seconds = 10.0
+    retry_attempts: int = Field(default=5, ge=1, le=5)
+    retry_timeout_seconds: _Seconds = 20.0
+    prepared_statements: bool = True
+
+    def __init__(self, **values: Any) -> None:  # noqa: ANN401  # pydantic checks each value
+        # `.env` may hold other programs' variables, so pydantic has to ignore what it does not
+        # know; a misspelt argument is a mistake.
+        if unknown := sorted(values.keys() - type(self).model_fields.keys()):
+            raise ConfigurationError(f"unknown settings: {', '.join(unknown)}")
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            failure = ConfigurationError(_explained(error))
+        else:
+            return
+        raise failure
+
+
+def _explained(error: ValidationError) -> str:
+    problems = error.errors(include_input=False, include_url=False, include_context=False)
+    return "; ".join(
+        f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+        for problem in problems
+    )

@@ -1,0 +1,360 @@
+"""One transaction is one user's: its BEGIN carries who that is, and its COMMIT's answer is read."""
+
+import logging
+import re
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, Literal
+
+from sqlalchemy import Executable, Result, TextClause
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from todo_db.engine import Lease, Pool
+from todo_db.errors import (
+    ConcurrentUseError,
+    ConfigurationError,
+    IsolationError,
+    OutcomeUnknownError,
+    SchemaError,
+    TodoDBError,
+    TransactionDoomedError,
+    TransactionError,
+    UnavailableError,
+    translated,
+)
+from todo_db.repositories import Call, TaskRepository, UserRepository
+from todo_db.repositories.statements import Row
+from todo_db.settings import Settings
+
+ROLE: Final = "todo_app"
+NOBODY: Final = ""
+"""The user id of the package's own transactions: no row belongs to it."""
+
+# SQL of a caller's that would end the transaction, and with it the role and the user id.
+_CONTROL: Final = re.compile(
+    r"\s*(abort|begin|commit|end|prepare\s+transaction|release|reset|rollback|savepoint|set|start)\b",
+    re.IGNORECASE,
+)
+
+_logger: Final = logging.getLogger("todo_db")
+
+type _State = Literal["open", "doomed", "lost", "ended"]
+
+
+class Context:
+    """What every BEGIN of a database carries, written once."""
+
+    def __init__(self, settings: Settings) -> None:
+        timeouts = {
+            "statement_timeout": settings.statement_timeout_seconds,
+            "lock_timeout": settings.lock_timeout_seconds,
+            "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout_seconds,
+        }
+        self._rest = "".join(
+            f"SET LOCAL {name} = {max(1, round(seconds * 1000))};"
+            for name, seconds in timeouts.items()
+        )
+
+    def begin(self, user_id: str, *, read_only: bool) -> str:
+        """Return one message: BEGIN, role, search path, timeouts and user id.
+
+        The id goes in as hexadecimal digits, so there is nothing to escape.
+        """
+        access = "READ ONLY" if read_only else "READ WRITE"
+        return (
+            f"BEGIN ISOLATION LEVEL READ COMMITTED, {access};SET LOCAL ROLE {ROLE};"
+            f"SET LOCAL search_path = public, pg_temp;{self._rest}"
+            "SELECT pg_catalog.set_config('todo_db.user_id', pg_catalog.convert_from("
+            f"pg_catalog.decode('{user_id.encode().hex()}', 'hex'), 'UTF8'), true)"
+        )
+
+
+class Transaction:
+    """One user's unit of work on one connection; get it from `Database.transaction`.
+
+    It belongs to one task at a time. Nothing is stored before the block ends without an error.
+
+    Attributes:
+        user_id: Whose transaction this is.
+        tasks: The user's tasks, in this transaction.
+        users: The user's own row, in this transaction.
+    """
+
+    def __init__(self, lease: Lease, user_id: str) -> None:
+        self.user_id: Final = user_id
+        self.tasks: Final = TaskRepository(self)
+        self.users: Final = UserRepository(self)
+        self._lease = lease
+        self._driver = lease.driver
+        self._state: _State = "open"
+        self._busy = False
+        self._savepoints = 0
+        self._sqlalchemy: AsyncConnection | None = None
+
+    async def perform[T](self, user_id: str, call: Call[T]) -> T:
+        """Run a repository's call: one round trip, or three where it may fail.
+
+        Raises:
+            IsolationError: `user_id` is not this transaction's.
+            TransactionDoomedError: An earlier statement failed.
+            ConcurrentUseError: Another task uses this transaction right now.
+        """
+        if user_id != self.user_id:
+            raise IsolationError("the transaction belongs to another user")
+        if not call.may_fail:
+            return call.result(await self._fetch(call, user_id))
+        async with self.savepoint():
+            rows = await self._fetch(call, user_id)
+        return call.result(rows)
+
+    async def execute(
+        self, statement: Executable, parameters: Mapping[str, Any] | None = None
+    ) -> Result[Any]:
+        """Run a statement of the caller's own, by SQLAlchemy, in this transaction.
+
+        One round trip, under the same user, role and fence as everything else. Its values must
+        be parameters: text put together from input can become any user. Errors of the statement
+        are SQLAlchemy's.
+
+        Raises:
+            TransactionError: The text would end the transaction or change its context.
+            TransactionDoomedError: An earlier statement failed.
+            ConcurrentUseError: Another task uses this transaction right now.
+        """
+        if isinstance(statement, TextClause) and _CONTROL.match(statement.text):
+            raise TransactionError(
+                "begin, end and settings of a transaction are not the statement's business"
+            )
+        self._enter()
+        try:
+            if self._sqlalchemy is None:
+                self._sqlalchemy = await self._lease.sqlalchemy()
+            return await self._sqlalchemy.execute(statement, parameters)
+        except Exception as error:
+            self._fail(error)
+            raise
+        except BaseException:
+            self._state = "lost"
+            raise
+        finally:
+            self._busy = False
+
+    @asynccontextmanager
+    async def savepoint(self) -> AsyncGenerator[None]:
+        """Undo what the block did, and nothing else, when it ends with an error.
+
+        Two round trips. The error goes on to the caller, and the transaction can go on too.
+        """
+        self._savepoints += 1
+        name = f"todo_db_{self._savepoints}"
+        await self._control(f"SAVEPOINT {name}")
+        try:
+            yield
+            if self._state == "doomed":
+                # The block swallowed the error that undid its work.
+                raise TransactionDoomedError  # noqa: TRY301  # undone below like any other
+        except BaseException:
+            if self._state in {"open", "doomed"} and not self._busy:
+                self._state = "open"
+                await self._control(f"ROLLBACK TO SAVEPOINT {name};RELEASE SAVEPOINT {name}")
+            raise
+        await self._control(f"RELEASE SAVEPOINT {name}")
+
+    async def _fetch(self, call: Call[Any], user_id: str) -> Sequence[Row]:
+        statement = call.statement
+        self._enter()
+        try:
+            return await self._driver.fetch(
+                statement.sql, *statement.arguments(user_id, call.values)
+            )
+        except Exception as error:  # noqa: BLE001  # raised again, as ours
+            failure = self._failed(error)
+        except BaseException:
+            self._state = "lost"
+            raise
+        finally:
+            self._busy = False
+        raise failure
+
+    async def _control(self, sql: str) -> None:
+        self._enter()
+        try:
+            await self._driver.execute(sql)
+        except Exception as error:  # noqa: BLE001  # raised again, as ours
+            failure = self._failed(error)
+        except BaseException:
+            self._state = "lost"
+            raise
+        else:
+            return
+        finally:
+            self._busy = False
+        raise failure
+
+    def _enter(self) -> None:
+        """Let one task in, if there is a transaction that carries its context."""
+        if self._busy:
+            # Whatever the other task does now, half of the caller's work will be missing.
+            self._state = "lost"
+            raise ConcurrentUseError
+        if self._state == "ended":
+            raise TransactionError("the transaction has ended")
+        if self._state != "open":
+            raise TransactionDoomedError
+        if self._driver.is_closed():
+            self._state = "lost"
+            message = "the connection was lost"
+            raise UnavailableError(message, transient=True)
+        if not self._driver.is_in_transaction():
+            self._state = "lost"
+            raise IsolationError("the transaction was ended behind its back")
+        self._busy = True
+
+    def _failed(self, error: Exception) -> TodoDBError:
+        self._fail(error)
+        failure = translated(error)
+        if self._driver.is_closed() and not isinstance(failure, UnavailableError):
+            return UnavailableError("the connection was lost", transient=True)
+        return failure
+
+    def _fail(self, error: Exception) -> None:
+        # After a server's verdict the transaction is aborted, and known to be. After anything
+        # else (a timeout, a broken protocol) the connection may still be in the middle of it.
+        known = _is_verdict(error) and self._driver.is_in_transaction()
+        self._state = "doomed" if known and not self._driver.is_closed() else "lost"
+
+    async def end(self, *, commit: bool, read_only: bool) -> None:
+        """End the transaction, or cut its connection if it cannot be known to have ended.
+
+        Raises:
+            TransactionDoomedError: It should have been committed, and was not.
+            UnavailableError: The connection was lost before the COMMIT.
+            OutcomeUnknownError: The connection was lost during the COMMIT.
+        """
+        state, self._state = self._state, "ended"
+        if state == "lost" or self._busy:
+            self._lease.terminate()
+            if commit:
+                raise TransactionDoomedError
+        elif state == "doomed" or not commit:
+            await self._rollback()
+            if commit:
+                raise TransactionDoomedError
+        else:
+            await self._commit(read_only=read_only)
+
+    async def _rollback(self) -> None:
+        try:
+            await self._driver.execute("ROLLBACK")
+        except Exception as error:  # noqa: BLE001  # nothing was applied either way
+            self._lease.terminate()
+            _logger.warning("a connection broke while it rolled back: %s", type(error).__name__)
+        except BaseException:
+            self._lease.terminate()
+            raise
+
+    async def _commit(self, *, read_only: bool) -> None:
+        failure: TodoDBError
+        if self._driver.is_closed():
+            failure = UnavailableError("the connection was lost", transient=True)
+        elif not self._driver.is_in_transaction():
+            failure = IsolationError("the transaction was ended behind its back")
+            read_only = False
+        else:
+            try:
+                tag = await self._driver.execute("COMMIT")
+            except Exception as error:  # noqa: BLE001  # raised again, as ours
+                failure = self._commit_failure(error)
+            except BaseException:
+                self._lease.terminate()
+                raise
+            else:
+                if tag == "COMMIT":
+                    return
+                # The server takes a COMMIT of an aborted transaction, and rolls it back.
+                raise TransactionDoomedError
+        self._lease.terminate()
+        if not read_only:
+            raise failure
+        _logger.warning("a connection broke after its last row was read")
+
+    def _commit_failure(self, error: Exception) -> TodoDBError:
+        if _is_verdict(error) and not self._driver.is_closed():
+            return translated(error)
+        return OutcomeUnknownError()
+
+
+class Unit:
+    """One transaction, from the BEGIN to the answer of its COMMIT.
+
+    Entering takes a connection and one round trip, leaving takes another one. A connection goes
+    back to the pool only when the answer was read; else it is cut first.
+    """
+
+    __slots__ = ("_context", "_lease", "_pool", "_read_only", "_transaction", "_user_id")
+
+    _lease: Lease
+    _transaction: Transaction
+
+    def __init__(self, pool: Pool, context: Context, user_id: str, *, read_only: bool) -> None:
+        self._pool = pool
+        self._context = context
+        self._user_id = user_id
+        self._read_only = read_only
+
+    async def __aenter__(self) -> Transaction:
+        """Send BEGIN and the context.
+
+        Raises:
+            SchemaError: The database has no role `todo_app`: it is not migrated.
+            ConfigurationError: The login may not become that role.
+            UnavailableError: No connection, or it broke.
+        """
+        lease = await self._pool.acquire()
+        begin = self._context.begin(self._user_id, read_only=self._read_only)
+        try:
+            await lease.driver.execute(begin)
+        except Exception as error:  # noqa: BLE001  # raised again, as ours
+            failure = _begin_failure(error)
+        except BaseException:
+            lease.terminate()
+            await self._pool.release(lease)
+            raise
+        else:
+            self._lease = lease
+            self._transaction = Transaction(lease, self._user_id)
+            return self._transaction
+        lease.terminate()
+        await self._pool.release(lease)
+        raise failure
+
+    async def __aexit__(
+        self, _kind: object, error: BaseException | None, _traceback: object
+    ) -> None:
+        """Send COMMIT, or ROLLBACK after an error, and give the connection back."""
+        try:
+            await self._transaction.end(commit=error is None, read_only=self._read_only)
+        finally:
+            await self._pool.release(self._lease)
+
+
+def _begin_failure(error: Exception) -> TodoDBError:
+    match getattr(error, "sqlstate", None):
+        case "22023":
+            return SchemaError()
+        case "42501":
+            return ConfigurationError(f"the login is not a member of {ROLE}: GRANT {ROLE} TO it")
+        case _:
+            failure = translated(error)
+            if isinstance(failure, UnavailableError) or _is_verdict(error):
+                return failure
+            return UnavailableError("the connection was lost", transient=True)
+
+
+def _is_verdict(error: BaseException) -> bool:
+    """Return whether the server answered, and lived on to take the next message."""
+    for cause in (error, getattr(error, "orig", None), getattr(error, "__cause__", None)):
+        sqlstate = getattr(cause, "sqlstate", None)
+        if isinstance(sqlstate, str):
+            return not sqlstate.startswith(("08", "57P"))
+    return False
