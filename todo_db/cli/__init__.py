@@ -1,0 +1,14 @@
+"""The `todo-db` command (extra `cli`)."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command line, or say what is missing for it."""
+    try:
+        from todo_db.cli.app import app  # noqa: PLC0415  # an optional extra
+    except ModuleNotFoundError as error:
+        if error.name not in {"typer", "rich"}:
+            raise
+        sys.exit("The command line is an extra: pip install 'todo-db[cli]'")
+    app()

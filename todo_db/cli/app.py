@@ -1,0 +1,194 @@
+"""The commands. Messages go to standard error, results to standard output."""
+
+import asyncio
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from alembic.config import CommandLine
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from sqlalchemy import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from todo_db import migrations
+from todo_db.cli import demo as story
+from todo_db.cli.seed import seed as seed_tasks
+from todo_db.cli.target import target
+from todo_db.database import Database
+from todo_db.embedded import EmbeddedPostgres
+from todo_db.errors import TodoDBError, translated
+from todo_db.records import Health
+
+app: Final = typer.Typer(
+    help="The data layer of a multi-user todo application.",
+    no_args_is_help=True,
+    # Its tracebacks print local variables: URLs, titles, ids.
+    pretty_exceptions_enable=False,
+)
+_out: Final = Console()
+_messages: Final = Console(stderr=True)
+
+
+@contextmanager
+def _told() -> Generator[None]:
+    """Turn errors of the database into one line and exit status 1."""
+    try:
+        yield
+    except (TodoDBError, SQLAlchemyError, OSError) as error:
+        failure = error if isinstance(error, TodoDBError) else translated(error)
+        _messages.print(f"{type(failure).__name__}: {failure}", style="bold red", markup=False)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def demo() -> None:
+    """Play the whole story on a fresh PostgreSQL, and check every line of it."""
+    begun = time.perf_counter()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    table.add_column("What is claimed", no_wrap=True)
+    table.add_column("What was seen")
+    details: list[str] = []
+
+    def shown(step: story.Step, seen: str, held: bool, _spent: float) -> None:  # noqa: FBT001
+        mark = Text("✓", style="green") if held else Text("✗", style="bold red")
+        line, _, detail = seen.partition("\n")
+        table.add_row(mark, step.claim, Text(line))
+        details.append(detail)
+
+    with (
+        _told(),
+        tempfile.TemporaryDirectory(prefix="todo-db-") as folder,
+        _messages.status("Starting a PostgreSQL of its own …"),
+        EmbeddedPostgres(Path(folder) / "postgres") as server,
+    ):
+        good = asyncio.run(story.play(server, shown))
+    _out.print(table)
+    _out.print(Text("\n".join(filter(None, details)), style="dim"))
+    seconds = time.perf_counter() - begun
+    if not good:
+        _messages.print("Not all of it held.", style="bold red")
+        raise typer.Exit(1)
+    _out.print(f"\nAll of it held, in {seconds:.1f} seconds, start of PostgreSQL included.")
+
+
+@app.command()
+def migrate(revision: Annotated[str, typer.Argument(help="How far.")] = "head") -> None:
+    """Migrate the database, to the newest schema by default."""
+    with _told(), target(_messages) as url:
+        asyncio.run(migrations.upgrade(url, revision))
+        _messages.print("Migrated.", style="green")
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+    add_help_option=False,
+)
+def alembic(context: typer.Context) -> None:
+    """Run any Alembic command on the schema, such as `current` or `downgrade -1`."""
+    line = CommandLine(prog="todo-db alembic")
+    options = line.parser.parse_args(context.args)
+    if not hasattr(options, "cmd"):
+        line.parser.print_help()
+        raise typer.Exit(2)
+    with _told(), target(_messages) as url:
+        line.run_cmd(migrations.alembic_config(url), options)
+
+
+@app.command()
+def seed(
+    users: Annotated[int, typer.Option(min=1, max=100_000, help="How many users.")] = 2,
+    tasks: Annotated[int, typer.Option(min=0, max=10_000_000, help="How many in all.")] = 10,
+) -> None:
+    """Store users and tasks to look at; what is there already is not stored again."""
+
+    async def run(url: str) -> int:
+        async with Database.from_url(url) as db:
+            with Progress(console=_messages) as progress:
+                bar = progress.add_task("Tasks", total=tasks)
+                return await seed_tasks(
+                    db, users, tasks, lambda count: progress.advance(bar, count)
+                )
+
+    with _told(), target(_messages) as url:
+        asyncio.run(migrations.upgrade(url))
+        created = asyncio.run(run(url))
+        _out.print(f"{users} users and {tasks} tasks are there; {created} tasks are new.")
+
+
+@app.command()
+def health() -> None:
+    """Say whether the database answers and is migrated; exit 1 if not."""
+
+    async def run(url: str) -> Health:
+        db = Database.from_url(url)
+        try:
+            return await db.health(timeout_seconds=10)
+        finally:
+            await db.close()
+
+    with _told(), target(_messages) as url:
+        state = asyncio.run(run(url))
+    table = Table(show_header=False)
+    for name, value in asdict(state).items():
+        table.add_row(name, Text(str(value)))
+    _out.print(table)
+    if not state.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def url(
+    *,
+    show_password: Annotated[bool, typer.Option(help="Print the password too.")] = False,
+) -> None:
+    """Print the URL of the database, as psql takes it."""
+    with _told(), target(_messages) as found:
+        shown = make_url(found.strip()).render_as_string(hide_password=not show_password)
+        _out.print(shown, soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def psql(context: typer.Context) -> None:
+    r"""Run psql on the database, for example: todo-db psql -c '\d tasks'."""
+    with _told(), target(_messages) as found:
+        parsed = make_url(found.strip()).set(drivername="postgresql")
+        # Arguments are for everybody to see; the environment is not.
+        secret = {"PGPASSWORD": str(parsed.password)} if parsed.password else {}
+        public = parsed._replace(password=None).render_as_string(hide_password=False)
+        done = subprocess.run(  # noqa: S603  # the user's own command line
+            [EmbeddedPostgres.program("psql"), public, *context.args],
+            check=False,
+            env=os.environ | secret,
+        )
+    raise typer.Exit(done.returncode)
+
+
+@app.command()
+def serve() -> None:
+    """Keep the embedded PostgreSQL running until Ctrl-C, migrated, for an application."""
+    with _told(), target(_messages) as found:
+        asyncio.run(migrations.upgrade(found))
+        _out.print(f"DATABASE_URL={found}", soft_wrap=True, markup=False, highlight=False)
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            _messages.print("Stopped.")
