@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import asyncpg
+
 from todo_db import Database, NewTask, Settings, TaskRecord
 from todo_db.embedded import LOGIN, EmbeddedPostgres
 from todo_db.migrations import upgrade
@@ -22,14 +23,12 @@ ROUNDS = 15
 CALLS = 300
 
 COLUMNS = "id, user_id, title, description, completed, created_at, updated_at"
-GET = f"SELECT {COLUMNS} FROM tasks WHERE user_id = $1 AND id = $2"  # noqa: S608
+GET = f"SELECT {COLUMNS} FROM tasks WHERE user_id = $1 AND id = $2"
 PAGE = (
-    f"SELECT {COLUMNS} FROM tasks WHERE user_id = $1 AND (user_id, id) < ($1, $2) "  # noqa: S608
+    f"SELECT {COLUMNS} FROM tasks WHERE user_id = $1 AND (user_id, id) < ($1, $2) "
     "ORDER BY user_id DESC, id DESC LIMIT $3"
 )
-UPDATE = (
-    f"UPDATE tasks SET title = $3 WHERE user_id = $1 AND id = $2 RETURNING {COLUMNS}"  # noqa: S608
-)
+UPDATE = f"UPDATE tasks SET title = $3 WHERE user_id = $1 AND id = $2 RETURNING {COLUMNS}"
 CREATE = (
     "INSERT INTO tasks (user_id, title, description, completed) "
     f"VALUES ($1, $2, NULL, false) RETURNING {COLUMNS}"

@@ -176,10 +176,10 @@ class Database:
 
     async def health(self, *, timeout_seconds: float = 2.0) -> Health:
         """Say whether the database answers and is migrated. Raises nothing but cancellation."""
-        begun = time.perf_counter()
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._ready()
+                begun = time.perf_counter()
                 async with Unit(self._pool, self._context, NOBODY, read_only=True) as tx:
                     found = (await tx.execute(_STATE)).one()
         except TimeoutError:

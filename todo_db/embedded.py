@@ -60,12 +60,17 @@ class EmbeddedPostgres:
         """Start the server, and on the first start make the role and the database.
 
         Raises:
-            ConfigurationError: The extra `embedded` is not installed.
+            ConfigurationError: The extra `embedded` is not installed, or it does not start.
         """
         wheel = _wheel()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._server = wheel.get_server(self._folder)
-        if not self._psql(f"SELECT FROM pg_database WHERE datname = '{DATABASE}'").strip():
+        try:
+            self._server = wheel.get_server(self._folder)
+        except subprocess.SubprocessError:
+            raise ConfigurationError(
+                "the embedded PostgreSQL does not start: see the file log in its folder"
+            ) from None
+        if DATABASE not in self._psql("SELECT datname FROM pg_database").split():
             self._psql(*_PROVISION, *(() if self._durable else _FAST))
 
     def stop(self) -> None:

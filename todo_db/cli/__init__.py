@@ -1,5 +1,6 @@
 """The `todo-db` command (extra `cli`)."""
 
+import logging
 import sys
 
 
@@ -11,4 +12,6 @@ def main() -> None:
         if error.name not in {"typer", "rich"}:
             raise
         sys.exit("The command line is an extra: pip install 'todo-db[cli]'")
+    # Retries are logged as warnings; here the outcome is what counts.
+    logging.basicConfig(level=logging.ERROR)
     app()

@@ -2,17 +2,20 @@
 
 import asyncio
 import os
+import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 from alembic.config import CommandLine
+from alembic.util import CommandError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
@@ -45,10 +48,15 @@ def _told() -> Generator[None]:
     """Turn errors of the database into one line and exit status 1."""
     try:
         yield
+    except CommandError as error:
+        line = str(error)
     except (TodoDBError, SQLAlchemyError, OSError) as error:
-        failure = error if isinstance(error, TodoDBError) else translated(error)
-        _messages.print(f"{type(failure).__name__}: {failure}", style="bold red", markup=False)
-        raise typer.Exit(1) from None
+        failure = translated(error)
+        line = f"{type(failure).__name__}: {failure}"
+    else:
+        return
+    _messages.print(line, style="bold red", markup=False)
+    raise typer.Exit(1)
 
 
 @app.command()
@@ -187,8 +195,7 @@ def serve() -> None:
     with _told(), target(_messages) as found:
         asyncio.run(migrations.upgrade(found))
         _out.print(f"DATABASE_URL={found}", soft_wrap=True, markup=False, highlight=False)
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            _messages.print("Stopped.")
+        # Only Python's own exit stops the server.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
