@@ -1,6 +1,8 @@
 """alice and bob are users, mallory attacks."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Generator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import asyncpg
 import pytest
@@ -22,6 +24,13 @@ def login(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def url(todo_postgres: EmbeddedPostgres, todo_database_name: str, login: str) -> str:
     return todo_postgres.url(user=login, database=todo_database_name)
+
+
+@pytest.fixture
+def folder() -> Generator[Path]:
+    """A folder that a PostgreSQL of the test's own can live in, which is not root's."""
+    with TemporaryDirectory(prefix="todo-db-") as path:
+        yield Path(path)
 
 
 @pytest_asyncio.fixture

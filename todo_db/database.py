@@ -133,7 +133,7 @@ class Database:
     ) -> AsyncGenerator[Transaction]:
         """Open one user's transaction: committed at the end of the block, undone by an error.
 
-        Two round trips besides its statements. Nothing is run again: see `run`.
+        Two round trips besides its statements. Only the BEGIN is tried again: see `run`.
 
         Raises:
             InvalidInputError: `user_id` cannot be an id.
@@ -143,7 +143,9 @@ class Database:
         """
         user_id = inputs.user_id(user_id)
         await self._ready()
-        async with Unit(self._pool, self._context, user_id, read_only=read_only) as transaction:
+        unit = Unit(self._pool, self._context, user_id, read_only=read_only)
+        await self._retried(unit.begin, repeatable=False)
+        async with unit as transaction:
             yield transaction
 
     async def run[T](

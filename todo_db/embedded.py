@@ -60,9 +60,15 @@ class EmbeddedPostgres:
         """Start the server, and on the first start make the role and the database.
 
         Raises:
-            ConfigurationError: The extra `embedded` is not installed, or it does not start.
+            ConfigurationError: The extra `embedded` is not installed, the folder has a blank in
+                its path, or the server does not start.
         """
         wheel = _wheel()
+        if len(str(self._folder).split()) > 1:
+            # The wheel hands the path to pg_ctl without quotes.
+            raise ConfigurationError(
+                "the embedded PostgreSQL needs a folder without blanks in its path"
+            )
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
             self._server = wheel.get_server(self._folder)
@@ -93,7 +99,7 @@ class EmbeddedPostgres:
     def program(name: str) -> Path:
         """Return the path of a program that comes with the server, such as `psql`."""
         wheel = _wheel()
-        return wheel.POSTGRES_VERSIONS[wheel.TARGET_POSTGRES_VERSION] / name
+        return Path(wheel.POSTGRES_VERSIONS[wheel.TARGET_POSTGRES_VERSION], name)
 
     def create_database(self, name: str, *, template: str = "template1") -> None:
         """Make a database of the owner's, as a copy of another one that nobody is using."""

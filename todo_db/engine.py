@@ -40,6 +40,8 @@ def parse_url(url: str) -> URL:
             raise ConfigurationError("the database URL must begin with postgresql://")
         if unknown := sorted(parsed.query.keys() - _QUERY_KEYS):
             raise ConfigurationError(f"the database URL has unknown keys: {', '.join(unknown)}")
+        if not 0 < (parsed.port or 5432) < 2**16:
+            raise ConfigurationError("the port of the database URL is out of range")
         return parsed.set(drivername="postgresql+asyncpg")
     raise failure
 

@@ -28,6 +28,7 @@ A message names fields, constraints and SQLSTATEs, never a value, a statement or
 """
 
 from collections.abc import Callable, Iterator
+from ssl import SSLCertVerificationError
 from typing import Final, override
 
 
@@ -196,6 +197,7 @@ _BY_SQLSTATE: Final[dict[str, Callable[[], TodoDBError]]] = {
     "25006": lambda: TransactionError("a read-only transaction cannot write"),
     "25P02": TransactionDoomedError,
     "25P03": lambda: UnavailableError("the transaction was idle for too long"),
+    "25P04": lambda: UnavailableError("the transaction took too long"),
     "28": lambda: ConfigurationError("the database refused the login"),
     "3D000": lambda: ConfigurationError("the database of the URL does not exist"),
     "40001": lambda: UnavailableError("concurrent transactions collided", transient=True),
@@ -226,11 +228,20 @@ def translated(error: BaseException) -> TodoDBError:
         sqlstate = getattr(cause, "sqlstate", None)
         if isinstance(sqlstate, str):
             return _from_sqlstate(sqlstate)
-    if isinstance(error, TimeoutError):
-        return CallTimeoutError("the database did not answer in time")
-    if isinstance(error, OSError):
-        return UnavailableError("the database cannot be reached", transient=True)
-    return TodoDBError(f"the driver failed with {type(error).__name__}")
+    return _from_kind(error)
+
+
+def _from_kind(error: BaseException) -> TodoDBError:
+    match error:
+        case TimeoutError():
+            return CallTimeoutError("the database did not answer in time")
+        case SSLCertVerificationError():
+            # An OSError like those below, but it will not go away by itself.
+            return ConfigurationError("the server's certificate cannot be verified")
+        case OSError():
+            return UnavailableError("the database cannot be reached", transient=True)
+        case _:
+            return TodoDBError(f"the driver failed with {type(error).__name__}")
 
 
 def _from_sqlstate(sqlstate: str) -> TodoDBError:

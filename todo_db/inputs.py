@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Final, TypedDict, cast
 
 from todo_db.errors import InvalidInputError
@@ -24,7 +25,7 @@ NAME_MAX: Final = 255
 IMAGE_MAX: Final = 65_536
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
-_EMAIL: Final = re.compile(r"[^\s@]+@[^\s@]+")
+_EMAIL: Final = re.compile(r"[^\s@\x00-\x1f\x7f]+@[^\s@\x00-\x1f\x7f]+")
 _BLANK_CATEGORIES: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 
 
@@ -198,7 +199,7 @@ def _bigint(field: str, value: object) -> int:
 def _batch(field: str, value: object) -> list[object]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise InvalidInputError(field, "must be a list")
-    items = list(cast("Iterable[object]", value))
+    items = list(islice(cast("Iterable[object]", value), BATCH_MAX + 1))
     if len(items) > BATCH_MAX:
         raise InvalidInputError(field, f"must have at most {BATCH_MAX} items")
     return items

@@ -48,7 +48,7 @@ _LONGEST: Final = 4_096
 
 def encode(sort: TaskSort, filters: tuple[bool | str | None, ...], position: Position) -> str:
     """Write a cursor. It says nothing of the user: the next page is scoped like any other."""
-    key = position.key
+    key: object = position.key
     if isinstance(key, datetime):
         key = (key - _EPOCH) // _MICROSECOND
     payload: list[object] = [_VERSION, sort.value, _digest(filters), key, position.id]

@@ -1,6 +1,6 @@
 """Everything that can be set, from arguments, the environment or `.env`, in this order."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, override
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -17,7 +17,7 @@ class Settings(BaseSettings):
     given below. Durations are in seconds.
 
     Raises:
-        ConfigurationError: A value is missing its shape. Names the variable, not the value.
+        ConfigurationError: A value cannot be used. Names the field, not the value.
 
     Attributes:
         database_url: `DATABASE_URL`. What `Database` connects to; Neon's pooled URL, say.
@@ -48,7 +48,6 @@ class Settings(BaseSettings):
         extra="ignore",
         frozen=True,
         hide_input_in_errors=True,
-        populate_by_name=True,
     )
 
     database_url: SecretStr | None = Field(
@@ -84,9 +83,16 @@ class Settings(BaseSettings):
             super().__init__(**values)
         except ValidationError as error:
             failure = ConfigurationError(_explained(error))
+        except UnicodeDecodeError:
+            failure = ConfigurationError("the file .env is not UTF-8")
         else:
             return
         raise failure
+
+    @override
+    def __setattr__(self, name: str, value: object) -> None:
+        # pydantic's own refusal prints the value, whatever `hide_input_in_errors` says.
+        raise ConfigurationError("settings are frozen")
 
 
 def _explained(error: ValidationError) -> str:

@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Generator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import pytest
@@ -24,12 +26,13 @@ _numbers: Final = count(1)
 
 
 @pytest.fixture(scope="session")
-def todo_postgres(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Generator[EmbeddedPostgres]:
+def todo_postgres() -> Generator[EmbeddedPostgres]:
     """A server of this test run, with a migrated database to copy."""
-    folder = tmp_path_factory.mktemp("postgres")
-    with EmbeddedPostgres(folder, durable=False) as server:
+    with (
+        # Not pytest's own: its start closes that to all but root, which a server cannot be.
+        TemporaryDirectory(prefix="todo-db-") as folder,
+        EmbeddedPostgres(Path(folder) / "postgres", durable=False) as server,
+    ):
         server.create_database(_TEMPLATE)
         # A thread of its own, because the loop of the tests may be running in this one.
         with ThreadPoolExecutor(1) as thread:

@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 from sqlalchemy import Executable, Result, TextClause
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -294,16 +294,16 @@ class Unit:
     __slots__ = ("_context", "_lease", "_pool", "_read_only", "_transaction", "_user_id")
 
     _lease: Lease
-    _transaction: Transaction
 
     def __init__(self, pool: Pool, context: Context, user_id: str, *, read_only: bool) -> None:
         self._pool = pool
         self._context = context
         self._user_id = user_id
         self._read_only = read_only
+        self._transaction: Transaction | None = None
 
-    async def __aenter__(self) -> Transaction:
-        """Send BEGIN and the context.
+    async def begin(self) -> Transaction:
+        """Take a connection, and send BEGIN with the context; to be tried again if it fails.
 
         Raises:
             SchemaError: The database has no role `todo_app`: it is not migrated.
@@ -328,12 +328,18 @@ class Unit:
         await self._pool.release(lease)
         raise failure
 
+    async def __aenter__(self) -> Transaction:
+        """Begin, unless that was done before."""
+        return self._transaction or await self.begin()
+
     async def __aexit__(
         self, _kind: object, error: BaseException | None, _traceback: object
     ) -> None:
         """Send COMMIT, or ROLLBACK after an error, and give the connection back."""
         try:
-            await self._transaction.end(commit=error is None, read_only=self._read_only)
+            await cast("Transaction", self._transaction).end(
+                commit=error is None, read_only=self._read_only
+            )
         finally:
             await self._pool.release(self._lease)
 

@@ -5,10 +5,9 @@ import os
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Final
@@ -194,8 +193,8 @@ def serve() -> None:
     """Keep the embedded PostgreSQL running until Ctrl-C, migrated, for an application."""
     with _told(), target(_messages) as found:
         asyncio.run(migrations.upgrade(found))
+        # Killed by either, Python would leave the server behind.
+        stop = {signal.SIGINT, signal.SIGTERM}
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop)
         _out.print(f"DATABASE_URL={found}", soft_wrap=True, markup=False, highlight=False)
-        # Only Python's own exit stops the server.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        signal.sigwait(stop)

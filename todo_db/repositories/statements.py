@@ -13,7 +13,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 OWNER: Final = "user_id"
 """The parameter that every statement has: whose rows it may see and touch."""
 
-_DIALECT: Final = PGDialect_asyncpg()
+_DIALECT: Final = PGDialect_asyncpg()  # type: ignore[no-untyped-call]
 
 
 class Row(Protocol):

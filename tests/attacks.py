@@ -1,0 +1,483 @@
+"""What mallory tries, and the checks that it is in vain: shared by the tests that the defences
+hold, and by those that take a defence away and must see the same check fail.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import Final, Protocol
+
+import asyncpg
+import pytest
+from asyncpg.connection import LoggedQuery
+from driver import Connection
+from sqlalchemy import CursorResult, text
+from sqlalchemy.exc import DBAPIError
+
+from todo_db import (
+    ConflictError,
+    Database,
+    EmailTakenError,
+    IsolationError,
+    NewTask,
+    NotFoundError,
+    Page,
+    Settings,
+    TaskNotFoundError,
+    TaskRecord,
+    TaskRepository,
+    TaskSort,
+    Transaction,
+    TransactionDoomedError,
+    UserIdTakenError,
+    UsernameTakenError,
+    UserRecord,
+    UserRepository,
+)
+from todo_db.transaction import Context
+
+SECRET: Final = "known to alice"  # noqa: S105  # a title
+_CUTS: Final = 40
+MALLORYS: Final = frozenset({"mallory"})
+
+
+class Repositories(Protocol):
+    """A `Database` or a `Transaction`."""
+
+    @property
+    def tasks(self) -> TaskRepository: ...
+    @property
+    def users(self) -> UserRepository: ...
+
+
+@dataclass(frozen=True)
+class Prey:
+    """What mallory has learnt of alice's tasks."""
+
+    tasks: list[TaskRecord]
+    cursors: dict[tuple[TaskSort, bool | None, str | None], str]
+
+    @property
+    def ids(self) -> list[int]:
+        return [task.id for task in self.tasks]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One call with mallory's own user id, and what must come of it.
+
+    Attributes:
+        expected: The users whose rows may come back, the number of rows, or the error.
+    """
+
+    method: str
+    run: Callable[[Repositories, str, Prey], Awaitable[object]]
+    expected: object
+
+
+async def _all(items: AsyncIterator[TaskRecord]) -> list[TaskRecord]:
+    return [item async for item in items]
+
+
+def _list(sort: TaskSort, completed: bool | None, search: str | None, *, after: bool) -> Attack:  # noqa: FBT001
+    return Attack(
+        "tasks.list",
+        lambda at, user_id, prey: at.tasks.list(
+            user_id,
+            sort=sort,
+            completed=completed,
+            search=search,
+            cursor=prey.cursors[sort, completed, search] if after else None,
+        ),
+        MALLORYS,
+    )
+
+
+_FILTERS: Final = tuple(product(TaskSort, (None, True), (None, SECRET)))
+ATTACKS: Final = (
+    *(_list(*narrowed, after=after) for narrowed in _FILTERS for after in (False, True)),
+    *(
+        Attack(
+            "tasks.iterate",
+            lambda at, user_id, _, sort=sort: _all(at.tasks.iterate(user_id, sort=sort)),  # type: ignore[misc]
+            MALLORYS,
+        )
+        for sort in TaskSort
+    ),
+    Attack(
+        "tasks.get", lambda at, user_id, prey: at.tasks.get(user_id, prey.ids[0]), TaskNotFoundError
+    ),
+    Attack("tasks.count", lambda at, user_id, _: at.tasks.count(user_id), 2),
+    Attack("tasks.count", lambda at, user_id, _: at.tasks.count(user_id, search=SECRET), 0),
+    Attack("tasks.count", lambda at, user_id, _: at.tasks.count(user_id, completed=True), 1),
+    Attack(
+        "tasks.update",
+        lambda at, user_id, prey: at.tasks.update(user_id, prey.ids[0], title="taken"),
+        TaskNotFoundError,
+    ),
+    Attack(
+        "tasks.update",
+        lambda at, user_id, prey: at.tasks.update(user_id, prey.ids[0]),
+        TaskNotFoundError,
+    ),
+    Attack(
+        "tasks.update",
+        lambda at, user_id, prey: at.tasks.update(
+            user_id, prey.ids[0], expected_updated_at=prey.tasks[0].updated_at, title="taken"
+        ),
+        TaskNotFoundError,
+    ),
+    Attack(
+        # Not stale: that would say that it is there.
+        "tasks.update",
+        lambda at, user_id, prey: at.tasks.update(
+            user_id, prey.ids[1], expected_updated_at=prey.tasks[0].updated_at, title="taken"
+        ),
+        TaskNotFoundError,
+    ),
+    Attack(
+        "tasks.toggle",
+        lambda at, user_id, prey: at.tasks.toggle(user_id, prey.ids[0]),
+        TaskNotFoundError,
+    ),
+    Attack(
+        "tasks.update_many",
+        lambda at, user_id, prey: at.tasks.update_many(user_id, prey.ids, title="taken"),
+        0,
+    ),
+    Attack(
+        "tasks.delete",
+        lambda at, user_id, prey: at.tasks.delete(user_id, prey.ids[0]),
+        TaskNotFoundError,
+    ),
+    Attack(
+        "tasks.delete_many", lambda at, user_id, prey: at.tasks.delete_many(user_id, prey.ids), 0
+    ),
+    Attack("tasks.delete_completed", lambda at, user_id, _: at.tasks.delete_completed(user_id), 1),
+    Attack("tasks.create", lambda at, user_id, _: at.tasks.create(user_id, "new"), MALLORYS),
+    Attack(
+        "tasks.create_many",
+        lambda at, user_id, _: at.tasks.create_many(user_id, [NewTask("new")]),
+        MALLORYS,
+    ),
+    Attack("users.get", lambda at, user_id, _: at.users.get(user_id), MALLORYS),
+    Attack(
+        "users.ensure",
+        lambda at, user_id, _: at.users.ensure(user_id, email="alice@example.org", name="taken"),
+        MALLORYS,
+    ),
+    Attack("users.update", lambda at, user_id, _: at.users.update(user_id, name="new"), MALLORYS),
+    Attack(
+        "users.update",
+        lambda at, user_id, _: at.users.update(user_id, username="alice"),
+        UsernameTakenError,
+    ),
+    Attack(
+        "users.create",
+        lambda at, user_id, _: at.users.create(user_id, email="new@example.org", name="taken"),
+        UserIdTakenError,
+    ),
+    Attack("users.delete", lambda at, user_id, _: at.users.delete(user_id), None),
+    Attack(
+        "users.ensure",
+        lambda at, user_id, _: at.users.ensure(user_id, email="alice@example.org", name="taken"),
+        EmailTakenError,
+    ),
+)
+
+
+async def prey_for(db: Database) -> Prey:
+    """Give alice tasks, with mallory's own around them."""
+    await db.users.update("alice", username="alice")
+    await db.users.create("mallory", email="mallory@example.org", name="Mallory")
+    await db.tasks.create("mallory", "before")
+    await db.tasks.create_many(
+        "alice", [NewTask(f"{SECRET} {i}", SECRET, completed=i % 2 == 0) for i in range(4)]
+    )
+    await db.tasks.create("mallory", "mine", completed=True)
+    cursors = {}
+    for sort, completed, search in _FILTERS:
+        page = await db.tasks.list("alice", sort=sort, completed=completed, search=search, limit=1)
+        assert page.next_cursor is not None
+        cursors[sort, completed, search] = page.next_cursor
+    return Prey(await _all(db.tasks.iterate("alice")), cursors)
+
+
+async def rows_of(owner: Connection, user_id: str) -> list[object]:
+    """Everything that is stored of a user."""
+    return [
+        tuple(row)
+        for sql in ("SELECT * FROM users WHERE id = $1", "SELECT * FROM tasks WHERE user_id = $1")
+        for row in await owner.fetch(f"{sql} ORDER BY id", user_id)
+    ]
+
+
+def whose(result: object) -> object:
+    """Return the users whose rows a call returned, or what else it returned."""
+    match result:
+        case TaskRecord():
+            return {result.user_id}
+        case UserRecord():
+            return {result.id}
+        case Page():
+            return {task.user_id for task in result.items}
+        case list():
+            return {task.user_id for task in result}
+        case _:
+            return result
+
+
+async def attack(at: Repositories, prey: Prey, *, method: str = "") -> None:
+    """Let mallory try everything, or one method, on a database or in her transaction."""
+    for tried in ATTACKS:
+        if tried.method.startswith(method):
+            assert await _outcome(at, tried, prey) == tried.expected, tried.method
+
+
+async def _outcome(at: Repositories, tried: Attack, prey: Prey) -> object:
+    try:
+        if isinstance(at, Transaction):
+            async with at.savepoint():
+                result = await tried.run(at, "mallory", prey)
+        else:
+            result = await tried.run(at, "mallory", prey)
+    except (ConflictError, NotFoundError) as error:
+        return type(error)
+    found = whose(result)
+    # An empty page shows nobody else's rows either.
+    return MALLORYS if found == set() else found
+
+
+async def rows(tx: Transaction, sql: str) -> list[object]:
+    """Run a statement of the caller's own; return its first column."""
+    return [row[0] for row in await tx.execute(text(sql))]
+
+
+async def count(tx: Transaction, sql: str) -> int:
+    """Run a statement of the caller's own; return how many rows it changed."""
+    result = await tx.execute(text(sql))
+    assert isinstance(result, CursorResult)
+    return result.rowcount
+
+
+async def refusal(tx: Transaction, sql: str) -> str:
+    """Return the SQLSTATE with which the database refuses a statement."""
+    with pytest.raises(DBAPIError) as caught:
+        async with tx.savepoint():
+            await tx.execute(text(sql))
+    return str(getattr(caught.value.orig, "sqlstate", None))
+
+
+def begin(user_id: str) -> str:
+    """Return what the package itself sends first, for a connection outside its pool."""
+    return Context(Settings()).begin(user_id, read_only=False)
+
+
+@asynccontextmanager
+async def lent(db: Database) -> AsyncGenerator[Connection]:
+    """Borrow a connection from the pool, as the next unit would find it."""
+    lease = await db._pool.acquire()
+    try:
+        yield lease.driver
+    finally:
+        await db._pool.release(lease)
+
+
+@asynccontextmanager
+async def sent(driver: Connection) -> AsyncGenerator[list[str]]:
+    """Keep what is sent on a connection."""
+    queries: list[str] = []
+
+    def keep(record: LoggedQuery) -> None:
+        queries.append(record.query)
+
+    with driver.query_logger(keep):
+        yield queries
+        # asyncpg reports on the loop's next turn.
+        await asyncio.sleep(0)
+
+
+# The checks. Each is given alice's tasks, made while all was well.
+
+
+async def repositories_do_not_cross(
+    db: Database, owner: Connection, prey: Prey, *, method: str = ""
+) -> None:
+    before = await rows_of(owner, "alice")
+    await attack(db, prey, method=method)
+    assert await rows_of(owner, "alice") == before
+
+
+async def raw_sql_does_not_cross(db: Database, owner: Connection, _prey: Prey) -> None:
+    before = await rows_of(owner, "alice")
+    async with db.transaction("mallory") as tx:
+        assert await rows(tx, "SELECT user_id FROM tasks") == ["mallory", "mallory"]
+        assert await rows(tx, "SELECT id FROM users") == ["mallory"]
+        assert await count(tx, "UPDATE tasks SET title = 'taken'") == 2
+        assert await count(tx, "UPDATE users SET name = 'taken'") == 1
+        assert await count(tx, "DELETE FROM tasks") == 2
+        assert await count(tx, "DELETE FROM users") == 1
+    assert await rows_of(owner, "alice") == before
+
+
+async def open_policy_is_fenced(db: Database, owner: Connection, prey: Prey) -> None:
+    for table in ("users", "tasks"):
+        await owner.execute(f"CREATE POLICY open ON {table} USING (true) WITH CHECK (true)")
+    await raw_sql_does_not_cross(db, owner, prey)
+
+
+async def granted_tables_are_fenced(_db: Database, owner: Connection, _prey: Prey) -> None:
+    """Every table the role may use, but the number of the migration, is under both policies."""
+    found = await owner.fetch("""
+        SELECT c.relname, c.relrowsecurity, c.relforcerowsecurity, (
+            SELECT array_agg(p.polname::text || p.polpermissive || p.polcmd::text
+                ORDER BY p.polname)
+            FROM pg_policy p
+            WHERE p.polrelid = c.oid AND p.polroles = ARRAY['todo_app'::regrole::oid]
+        ) AS policies
+        FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND c.relname <> 'alembic_version'
+            AND n.nspname NOT IN ('pg_catalog', 'information_schema')
+            AND has_any_column_privilege('todo_app', c.oid, 'SELECT, INSERT, UPDATE')
+        ORDER BY c.relname
+    """)
+    assert [tuple(row) for row in found] == [
+        (table, True, True, [f"{table}_fencefalse*", f"{table}_owntrue*"])
+        for table in ("tasks", "users")
+    ]
+
+
+async def id_cannot_be_chosen(db: Database, _owner: Connection, prey: Prey) -> None:
+    async with db.transaction("mallory") as tx:
+        for task_id in (prey.ids[0], 999):
+            insert = (
+                "INSERT INTO tasks (id, user_id, title) OVERRIDING SYSTEM VALUE "
+                f"VALUES ({task_id}, 'mallory', 'probe')"
+            )
+            assert await refusal(tx, insert) == "42501"
+
+
+async def owner_cannot_be_changed(db: Database, owner: Connection, _prey: Prey) -> None:
+    before = await rows_of(owner, "alice")
+    async with db.transaction("mallory") as tx:
+        for table, column in (("tasks", "user_id"), ("users", "id")):
+            for value in ("'alice'", column):
+                assert await refusal(tx, f"UPDATE {table} SET {column} = {value}") == "42501"
+    assert await rows_of(owner, "alice") == before
+
+
+async def other_user_is_refused(db: Database, _owner: Connection, prey: Prey) -> None:
+    async with db.transaction("mallory") as tx:
+        async with sent(tx._driver) as queries:
+            for tried in ATTACKS:
+                with pytest.raises(IsolationError):
+                    await tried.run(tx, "alice", prey)
+        assert queries == []
+
+
+async def _break_off(tx: Transaction) -> None:
+    await tx.users.update("alice", name="nobody")
+    raise ZeroDivisionError
+
+
+async def nothing_stays_on_a_connection(db: Database, _owner: Connection, _prey: Prey) -> None:
+    await db.tasks.list("alice")
+    with pytest.raises(TaskNotFoundError):
+        await db.tasks.get("alice", 999)
+    with pytest.raises(ZeroDivisionError):
+        await db.run("alice", _break_off)
+    async with lent(db) as driver:
+        left = await driver.fetchrow("""
+            SELECT nullif(current_setting('todo_db.user_id', true), '') AS user_id,
+                current_user = session_user AS itself,
+                (SELECT count(*) FROM pg_settings
+                    WHERE source = 'session' AND name NOT LIKE 'todo_db.%') AS settings,
+                (SELECT count(*) FROM pg_locks
+                    WHERE pid = pg_backend_pid() AND locktype = 'advisory') AS locks,
+                pg_my_temp_schema() AS temporary
+        """)
+    assert left is not None
+    assert tuple(left) == (None, True, 0, 0, 0)
+
+
+async def nothing_runs_after_a_commit(db: Database, owner: Connection, _prey: Prey) -> None:
+    before = await rows_of(owner, "alice")
+    with pytest.raises(IsolationError):
+        await db.run("alice", _end_early)
+    assert await rows_of(owner, "alice") == before
+
+
+async def _end_early(tx: Transaction) -> None:
+    await tx._driver.execute("COMMIT")
+    async with sent(tx._driver) as queries:
+        with pytest.raises(IsolationError):
+            await tx.tasks.list("alice")
+    assert queries == []
+    raise IsolationError
+
+
+async def dirty_connection_is_not_lent(db: Database, _owner: Connection, _prey: Prey) -> None:
+    async with lent(db) as driver:
+        dirty = driver.get_server_pid()
+    # It is in the pool by now.
+    await driver.execute(begin("alice"))
+    async with db.transaction("mallory") as tx:
+        assert await rows(tx, "SELECT pg_backend_pid()") != [dirty]
+    assert driver.is_closed()
+
+
+async def dirty_connection_is_not_kept(db: Database, _owner: Connection, _prey: Prey) -> None:
+    async with lent(db) as driver:
+        await driver.execute(begin("alice"))
+    assert driver.is_closed()
+    assert await db.tasks.count("mallory") == 2
+
+
+async def _fail_unseen(tx: Transaction) -> None:
+    await tx.tasks.create("alice", "lost")
+    with pytest.raises(asyncpg.DivisionByZeroError):
+        await tx._driver.execute("SELECT 1 / 0")
+
+
+async def answer_of_commit_is_read(db: Database, owner: Connection, _prey: Prey) -> None:
+    before = await rows_of(owner, "alice")
+    with pytest.raises(TransactionDoomedError):
+        await db.run("alice", _fail_unseen)
+    assert await rows_of(owner, "alice") == before
+
+
+async def cancelled_units_leave_nothing(db: Database, owner: Connection, _prey: Prey) -> None:
+    """Cut units off all along their way: their connections are never lent again."""
+    before = await rows_of(owner, "alice")
+    uncut = await _turns(asyncio.create_task(db.tasks.create("alice", "uncut")))
+    for step in range(_CUTS):
+        async with lent(db) as driver:
+            pass
+        cut = asyncio.create_task(db.tasks.create("alice", "cut off"))
+        await _turns(cut, 1 + uncut * step // _CUTS)
+        cut.cancel()
+        await asyncio.gather(cut, return_exceptions=True)
+        assert driver.is_closed() == cut.cancelled()
+        async with asyncio.timeout(30), db.transaction("mallory") as tx:
+            assert await rows(tx, "SELECT DISTINCT user_id FROM tasks") == ["mallory"]
+    left = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"
+    assert await owner.fetchval(left) == 0
+    assert (await rows_of(owner, "alice"))[: len(before)] == before
+
+
+async def _turns(task: asyncio.Task[TaskRecord], most: int = 1_000_000) -> int:
+    """Let the loop turn until a task is done; return how often it did."""
+    for turn in range(most):
+        if task.done():
+            return turn
+        await asyncio.sleep(0)
+    return most
+
+
+async def disable_row_security(owner: Connection) -> None:
+    for table in ("users", "tasks"):
+        await owner.execute(
+            f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY, NO FORCE ROW LEVEL SECURITY"
+        )

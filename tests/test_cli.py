@@ -1,0 +1,220 @@
+import asyncio
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from todo_db import Database, cli
+from todo_db.cli import app, demo
+from todo_db.embedded import OWNER, EmbeddedPostgres
+from todo_db.errors import UnavailableError
+from todo_db.models import REVISION
+
+MARKER = "hunter2"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app.app, arguments)
+
+
+@pytest.fixture(autouse=True)
+def _nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No .env and no .todo-db of the developer's."""
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    monkeypatch.delenv("DIRECT_DATABASE_URL", raising=False)
+
+
+@pytest.fixture
+def set_url(
+    todo_postgres: EmbeddedPostgres, todo_database_name: str, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    url = todo_postgres.url(user=OWNER, database=todo_database_name)
+    monkeypatch.setenv("DATABASE_URL", url)
+    return url
+
+
+class TestDemo:
+    def test_every_claim_holds(self) -> None:
+        result = run("demo")
+        assert result.exit_code == 0
+        for step in demo.STEPS:
+            assert f"✓   {step.claim}" in result.output
+        assert "idx_tasks_user_id" in result.output
+        assert "All of it held" in result.output
+
+    def test_is_disproved_when_a_defence_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def without_policies(at: demo.Stage) -> str:
+            for table in ("users", "tasks"):
+                for policy in ("own", "fence"):
+                    await at.owner.exec_driver_sql(f"DROP POLICY {table}_{policy} ON {table}")
+                await at.owner.exec_driver_sql(
+                    f"CREATE POLICY {table}_open ON {table} TO todo_app USING (true)"
+                )
+            await at.owner.commit()
+            return "all doors open"
+
+        steps = (*demo.STEPS[:3], demo.Step("The fence is taken away", without_policies))
+        monkeypatch.setattr(demo, "STEPS", (*steps, *demo.STEPS[3:]))
+        result = run("demo")
+        assert result.exit_code == 1
+        assert "✓   bob tries alice's task by its id" in result.output
+        assert "✗   bob's SQL forgets the WHERE" in result.output
+        assert "it did not hold: DisprovedError" in result.output
+        assert "Not all of it held" in result.output
+
+
+class TestMigrate:
+    @pytest.mark.usefixtures("set_url")
+    def test_goes_to_the_newest_by_default(self) -> None:
+        assert run("alembic", "downgrade", "base").exit_code == 0
+        assert run("migrate").exit_code == 0
+        assert "True" in run("health").output
+
+    @pytest.mark.usefixtures("set_url")
+    def test_unknown_revision_is_one_line(self) -> None:
+        result = run("migrate", "nope")
+        assert result.exit_code == 1
+        assert result.output == "Can't locate revision identified by 'nope'\n"
+
+    def test_unreachable_database_is_one_line_without_the_url(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("DATABASE_URL", f"postgresql://alice:{MARKER}@127.0.0.1:1/todo")
+        result = run("migrate")
+        assert result.exit_code == 1
+        assert result.output == "UnavailableError: the database cannot be reached\n"
+
+    def test_url_of_another_database_is_one_line_without_the_url(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("DATABASE_URL", f"mysql://alice:{MARKER}@127.0.0.1/todo")
+        result = run("migrate")
+        assert result.exit_code == 1
+        assert result.output.startswith("ConfigurationError: ")
+        assert MARKER not in result.output
+
+
+class TestAlembic:
+    @pytest.mark.usefixtures("set_url")
+    def test_passes_any_command_on(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert run("alembic", "check").exit_code == 0
+        assert run("alembic", "current", "--verbose").exit_code == 0
+        del capsys
+
+    def test_without_a_command_shows_its_help(self) -> None:
+        result = run("alembic")
+        assert result.exit_code == 2
+        assert "usage: todo-db alembic" in result.output
+
+
+class TestSeed:
+    @pytest.mark.usefixtures("set_url")
+    def test_twice_is_once(self) -> None:
+        assert "2 users and 10 tasks are there; 10 tasks are new" in run("seed").output
+        assert "2 users and 10 tasks are there; 0 tasks are new" in run("seed").output
+
+    async def test_deals_the_tasks_out_evenly(self, database: Database, set_url: str) -> None:
+        await asyncio.to_thread(run, "seed", "--users", "3", "--tasks", "2500")
+        people = ("alice", "bob", "user00003")
+        assert [await database.tasks.count(user) for user in people] == [834, 833, 833]
+        page = await database.tasks.list("user00003", completed=True, search="milk", limit=1)
+        assert page.items[0].title.startswith("Buy milk (")
+        del set_url
+
+
+class TestHealth:
+    @pytest.mark.usefixtures("set_url")
+    def test_says_how_it_is(self) -> None:
+        result = run("health")
+        assert result.exit_code == 0
+        assert REVISION in result.output
+
+    def test_exits_with_1_when_it_is_not_well(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("DATABASE_URL", f"postgresql://alice:{MARKER}@127.0.0.1:1/todo")
+        monkeypatch.setenv("TODO_DB_RETRY_ATTEMPTS", "1")
+        result = run("health")
+        assert result.exit_code == 1
+        assert UnavailableError.__name__ in result.output
+        assert MARKER not in result.output
+
+
+class TestUrl:
+    def test_hides_the_password_unless_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        url = f"postgresql://alice:{MARKER}@localhost/todo"
+        monkeypatch.setenv("DATABASE_URL", url)
+        assert run("url").output == "postgresql://alice:***@localhost/todo\n"
+        assert run("url", "--show-password").output == f"{url}\n"
+
+    def test_without_a_setting_is_the_embedded_one_and_says_so(self, folder: Path) -> None:
+        result = CliRunner().invoke(app.app, ["url"])
+        assert "DATABASE_URL is not set: using the embedded PostgreSQL" in result.stderr
+        assert result.stdout.startswith("postgresql://todo_owner@/todo?host=")
+        assert (folder / ".todo-db" / "PG_VERSION").exists()
+        assert not (folder / ".todo-db" / "postmaster.pid").exists()
+
+
+class TestPsql:
+    def test_runs_on_the_database(
+        self, set_url: str, monkeypatch: pytest.MonkeyPatch, folder: Path
+    ) -> None:
+        output = folder / "output"
+        secret = set_url.replace("@", f":{MARKER}@", 1)
+        monkeypatch.setenv("DATABASE_URL", secret)
+        assert run("psql", "-Atc", "SELECT 6 * 7", "-o", str(output)).exit_code == 0
+        assert output.read_text() == "42\n"
+
+    @pytest.mark.usefixtures("set_url")
+    def test_exits_as_it_does(self) -> None:
+        assert run("psql", "-c", "SELECT nonsense").exit_code == 1
+
+
+class TestServe:
+    def test_migrates_and_prints_the_url(
+        self, set_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(signal, "pthread_sigmask", lambda _how, _mask: set())
+        monkeypatch.setattr(signal, "sigwait", min)
+        assert run("alembic", "downgrade", "base").exit_code == 0
+        result = run("serve")
+        assert result.exit_code == 0
+        assert result.output == f"DATABASE_URL={set_url}\n"
+        assert run("health").exit_code == 0
+
+    @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+    def test_stops_its_server_when_it_is_stopped(
+        self, folder: Path, stop: signal.Signals
+    ) -> None:
+        command = [sys.executable, "-c", "from todo_db.cli import main; main()", "serve"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
+            assert serving.stdout is not None
+            assert serving.stdout.readline().startswith("DATABASE_URL=postgresql://")
+            assert (folder / ".todo-db" / "postmaster.pid").exists()
+            serving.send_signal(stop)
+            assert serving.wait(30) == 0
+        assert not (folder / ".todo-db" / "postmaster.pid").exists()
+
+
+class TestMain:
+    def test_runs_the_commands(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "argv", ["todo-db", "--help"])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+
+    def test_says_which_extra_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delitem(sys.modules, "todo_db.cli.app")
+        monkeypatch.delattr(cli, "app")
+        monkeypatch.setitem(sys.modules, "typer", None)
+        with pytest.raises(SystemExit, match=r"todo-db\[cli\]"):
+            cli.main()
+
+    def test_another_missing_module_is_not_hidden(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delitem(sys.modules, "todo_db.cli.app")
+        monkeypatch.delattr(cli, "app")
+        monkeypatch.setitem(sys.modules, "todo_db.cli.seed", None)
+        with pytest.raises(ModuleNotFoundError):
+            cli.main()

@@ -1,0 +1,793 @@
+"""Opens, runs, tries again, and says how it is."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from datetime import datetime
+from inspect import getmembers, isfunction
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final, override
+
+import asyncpg
+import pytest
+import pytest_asyncio
+from cluster import Cluster
+from driver import Connection
+from locks import until_waiting
+from proxy import BEGIN, COMMIT, STARTUP, Fault, Proxy, until
+from sqlalchemy import make_url, text
+
+from todo_db import (
+    CallTimeoutError,
+    ConfigurationError,
+    Database,
+    IsolationError,
+    NewTask,
+    OutcomeUnknownError,
+    SchemaError,
+    TaskNotFoundError,
+    TaskRepository,
+    TodoDBError,
+    Transaction,
+    UnavailableError,
+    UserRepository,
+)
+from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
+from todo_db.migrations import upgrade
+
+
+@pytest.fixture
+def login() -> str:
+    """One is enough where nothing is said of the role."""
+    return LOGIN
+
+
+@pytest_asyncio.fixture
+async def proxy(url: str) -> AsyncGenerator[Proxy]:
+    async with Proxy(url) as proxy:
+        yield proxy
+
+
+@pytest_asyncio.fixture
+async def far(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
+    """alice's and bob's database by way of the proxy, on one connection."""
+    assert (await db.users.get("alice")).id == "alice"
+    async with Database.from_url(proxy.url, pool_size=1, max_overflow=0) as database:
+        yield database
+
+
+@pytest_asyncio.fixture
+async def superuser(
+    todo_postgres: EmbeddedPostgres, todo_database_name: str
+) -> AsyncGenerator[Connection]:
+    """Who may do in this database what its owner may not."""
+    connection = await asyncpg.connect(
+        todo_postgres.url(user="postgres", database=todo_database_name)
+    )
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+def empty(todo_postgres: EmbeddedPostgres, todo_database_name: str) -> Iterator[str]:
+    """The URL of a database without a schema, as its owner."""
+    name = f"{todo_database_name}_empty"
+    todo_postgres.create_database(name)
+    yield todo_postgres.url(database=name)
+    todo_postgres.drop_database(name)
+
+
+async def backends(connection: Connection) -> int:
+    """How many connections of the package the database has."""
+    found = await connection.fetchval(
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND application_name = 'todo_db'"
+    )
+    return int(found)
+
+
+async def until_disconnected(connection: Connection) -> None:
+    """The server notices a little later that a client said goodbye."""
+    async with asyncio.timeout(5):
+        while await backends(connection):  # noqa: ASYNC110  # nothing sets an event
+            await asyncio.sleep(0.01)
+
+
+class Refusal:
+    """Makes the server refuse the first inserts of tasks, and counts the tries.
+
+    A sequence counts, because it does not roll back.
+    """
+
+    def __init__(self, owner: Connection) -> None:
+        self._owner = owner
+
+    async def plant(self, sqlstate: str, *, times: int, deferred: bool = False) -> None:
+        kind = "CONSTRAINT TRIGGER refuse AFTER" if deferred else "TRIGGER refuse BEFORE"
+        when = "DEFERRABLE INITIALLY DEFERRED" if deferred else ""
+        await self._owner.execute(f"""
+            DROP TRIGGER IF EXISTS refuse ON tasks;
+            DROP SEQUENCE IF EXISTS tries;
+            CREATE SEQUENCE tries;
+            GRANT USAGE ON SEQUENCE tries TO todo_app;
+            CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+                BEGIN
+                    IF nextval('tries') <= {times} THEN
+                        RAISE EXCEPTION 'planted' USING ERRCODE = '{sqlstate}';
+                    END IF;
+                    RETURN NEW;
+                END
+            $$;
+            CREATE {kind} INSERT ON tasks {when} FOR EACH ROW EXECUTE FUNCTION refuse()
+        """)
+
+    async def tries(self) -> int:
+        return int(await self._owner.fetchval("SELECT last_value FROM tries"))
+
+
+@pytest.fixture
+def refusal(owner: Connection) -> Refusal:
+    return Refusal(owner)
+
+
+class Checked(Database):
+    """Counts how often it made sure that users are isolated."""
+
+    checks = 0
+
+    @override
+    async def _check(self) -> None:
+        self.checks += 1
+        await super()._check()
+
+
+class TestLifetime:
+    async def test_opens_closes_and_opens_again(self, url: str, superuser: Connection) -> None:
+        database = Database.from_url(url)
+        for _ in range(2):
+            async with database:
+                assert (await database.health()).ok
+                assert await backends(superuser) == 1
+            with pytest.raises(ConfigurationError, match="closed"):
+                await database.tasks.count("alice")
+            with pytest.raises(ConfigurationError, match="closed"):
+                async with database.transaction("alice"):
+                    pytest.fail("it began")
+            await until_disconnected(superuser)
+
+    async def test_open_and_close_may_be_repeated(self, url: str) -> None:
+        database = Checked.from_url(url)
+        await database.close()
+        await database.open()
+        await database.open()
+        assert database.checks == 1
+        await database.close()
+        await database.close()
+
+    async def test_opens_itself_once_on_first_use(self, url: str) -> None:
+        database = Checked.from_url(url)
+        assert await database.tasks.count("alice") == 0
+        assert await database.tasks.count("bob") == 0
+        assert database.checks == 1
+        await database.close()
+
+    async def test_opens_itself_once_for_twenty_tasks_at_once(self, url: str) -> None:
+        database = Checked.from_url(url)
+        counts = await asyncio.gather(*(database.tasks.count("alice") for _ in range(20)))
+        assert counts == [0] * 20
+        assert database.checks == 1
+        await database.close()
+
+    async def test_close_lets_the_call_under_way_end(self, url: str, superuser: Connection) -> None:
+        database = Database.from_url(url)
+        async with database.transaction("alice") as tx:
+            await tx.users.create("alice", email="alice@example.org", name="Alice")
+            closing = asyncio.create_task(database.close())
+            await asyncio.sleep(0)
+            await tx.tasks.create("alice", "stored")
+        await closing
+        assert await superuser.fetchval("SELECT count(*) FROM tasks") == 1
+        await until_disconnected(superuser)
+
+    async def test_C7_another_event_loop_is_refused(self, database: Database) -> None:
+        def elsewhere() -> None:
+            asyncio.run(database.tasks.list("alice"))
+
+        with pytest.raises(ConfigurationError, match="event loop"):
+            await asyncio.to_thread(elsewhere)
+        assert await database.tasks.count("alice") == 0
+
+    def test_each_event_loop_can_have_its_own(self, url: str) -> None:
+        async def use() -> int:
+            async with Database.from_url(url) as database:
+                return await database.tasks.count("alice")
+
+        def elsewhere() -> list[int]:
+            return [asyncio.run(use()) for _ in range(2)]
+
+        assert elsewhere() == [0, 0]
+
+    async def test_misspelt_setting_is_refused(self, url: str) -> None:
+        with pytest.raises(ConfigurationError, match="poolsize"):
+            Database.from_url(url, poolsize=1)
+
+
+class TestOpen:
+    @staticmethod
+    async def refusal(url: str) -> str:
+        """Return the name of the error, which all ways in agree on."""
+        database = Database.from_url(url)
+        with pytest.raises(TodoDBError) as opened:
+            await database.open()
+        with pytest.raises(type(opened.value)):
+            await database.users.get("alice")
+        health = await database.health()
+        await database.close()
+        assert not health.ok
+        assert health.problem == type(opened.value).__name__
+        return health.problem
+
+    async def test_A1_A3_refuses_tables_that_do_not_bind_the_role(
+        self, url: str, superuser: Connection
+    ) -> None:
+        for table in ("tasks", "users"):
+            for weakness, cure in (
+                ("DISABLE ROW LEVEL SECURITY", "ENABLE ROW LEVEL SECURITY"),
+                ("NO FORCE ROW LEVEL SECURITY", "FORCE ROW LEVEL SECURITY"),
+                ("OWNER TO todo_app", "OWNER TO todo_owner"),
+            ):
+                await superuser.execute(f"ALTER TABLE {table} {weakness}")
+                assert await self.refusal(url) == "IsolationError", weakness
+                await superuser.execute(f"ALTER TABLE {table} {cure}")
+                async with Database.from_url(url) as database:
+                    assert (await database.health()).ok
+
+    async def test_refuses_a_schema_that_is_not_whole(
+        self, url: str, superuser: Connection
+    ) -> None:
+        for damage in (
+            "UPDATE alembic_version SET version_num = '0001'",
+            "DELETE FROM alembic_version",
+            "REVOKE SELECT ON alembic_version FROM todo_app",
+            "DROP TABLE alembic_version",
+            "DROP TABLE tasks",
+        ):
+            await superuser.execute(damage)
+            assert await self.refusal(url) == "SchemaError", damage
+
+    async def test_refuses_until_the_last_migration(self, empty: str) -> None:
+        database = Database.from_url(empty)
+        for revision in ("base", "0001"):
+            if revision != "base":
+                await upgrade(empty, revision)
+            with pytest.raises(SchemaError):
+                await database.open()
+        await upgrade(empty)
+        await database.open()
+        assert (await database.health()).ok
+        await database.close()
+
+    async def test_accepts_a_newer_database(self, url: str, superuser: Connection) -> None:
+        await superuser.execute("UPDATE alembic_version SET version_num = '9999'")
+        async with Database.from_url(url) as database:
+            health = await database.health()
+        assert (health.ok, health.is_current, health.revision) == (True, True, "9999")
+
+    async def test_A2_A3_A4_refuses_a_role_that_could_bypass_the_fence(self) -> None:
+        with Cluster(18) as cluster:
+            url = await cluster.create_database("todo")
+            await upgrade(url)
+            weaknesses = (
+                ("ALTER ROLE todo_app BYPASSRLS", "ALTER ROLE todo_app NOBYPASSRLS"),
+                ("ALTER ROLE todo_app SUPERUSER", "ALTER ROLE todo_app NOSUPERUSER"),
+                (
+                    """ALTER ROLE todo_owner NOBYPASSRLS;
+                    REVOKE todo_app FROM todo_owner CASCADE; GRANT todo_owner TO todo_app""",
+                    "REVOKE todo_owner FROM todo_app",
+                ),
+                (
+                    "CREATE ROLE seer BYPASSRLS; GRANT seer TO todo_app",
+                    "REVOKE seer FROM todo_app",
+                ),
+                ("GRANT postgres TO todo_app", "REVOKE postgres FROM todo_app"),
+            )
+            login = cluster.url("postgres", "todo")
+            for weakness, cure in weaknesses:
+                await cluster.execute(weakness)
+                database = Database.from_url(login)
+                with pytest.raises(IsolationError):
+                    await database.open()
+                await cluster.execute(cure)
+                await database.open()
+                await database.close()
+
+    async def test_refused_one_holds_no_connection(self, url: str, superuser: Connection) -> None:
+        await superuser.execute("ALTER TABLE tasks DISABLE ROW LEVEL SECURITY")
+        with pytest.raises(IsolationError):
+            async with Database.from_url(url):
+                pytest.fail("it opened")
+        await until_disconnected(superuser)
+
+    async def test_tries_again_when_the_connection_is_lost(self, proxy: Proxy) -> None:
+        for pattern in (STARTUP, BEGIN, b"row_security_active", COMMIT):
+            proxy.break_at(pattern, Fault.CUT_AFTER)
+            async with Database.from_url(proxy.url) as database:
+                assert not proxy.pending
+                assert await database.tasks.count("alice") == 0
+
+    async def test_A10_tries_again_when_the_peer_does_not_answer(self, proxy: Proxy) -> None:
+        proxy.break_at(STARTUP, Fault.HANG)
+        async with (
+            asyncio.timeout(10),
+            Database.from_url(proxy.url, connect_timeout_seconds=0.2) as database,
+        ):
+            assert not proxy.pending
+            assert await database.tasks.count("alice") == 0
+
+
+class TestHealth:
+    @pytest.mark.parametrize("login", [LOGIN, OWNER])
+    async def test_says_what_it_saw(self, db: Database, superuser: Connection) -> None:
+        health = await db.health()
+        assert health.ok
+        assert health.problem is None
+        assert health.is_current
+        assert health.revision == await superuser.fetchval(
+            "SELECT version_num FROM alembic_version"
+        )
+        version = await superuser.fetchval("SELECT current_setting('server_version')")
+        assert health.server_version == version.split()[0]
+        assert health.latency_seconds is not None
+        assert health.latency_seconds > 0
+        assert (health.pool.size, health.pool.in_use, health.pool.waiting) == (10, 0, 0)
+
+    async def test_database_that_cannot_be_reached(self) -> None:
+        with TemporaryDirectory(prefix="todo-") as folder:
+            url = f"postgresql://alice@/todo?host={Path(folder, 'missing')}"
+            health = await Database.from_url(url).health()
+        assert (health.ok, health.problem) == (False, "ConfigurationError")
+        assert (health.latency_seconds, health.server_version) == (None, None)
+        assert (health.revision, health.is_current) == (None, False)
+
+    async def test_database_that_does_not_exist(self, url: str) -> None:
+        missing = make_url(url).set(database="missing").render_as_string(hide_password=False)
+        health = await Database.from_url(missing).health()
+        assert (health.ok, health.problem) == (False, "ConfigurationError")
+
+    async def test_closed_one(self, url: str) -> None:
+        database = Database.from_url(url)
+        await database.close()
+        health = await database.health()
+        assert (health.ok, health.problem) == (False, "ConfigurationError")
+
+    async def test_role_that_is_not_fenced(self, url: str, superuser: Connection) -> None:
+        await superuser.execute("ALTER TABLE tasks DISABLE ROW LEVEL SECURITY")
+        health = await Database.from_url(url).health()
+        assert (health.ok, health.problem) == (False, "IsolationError")
+
+    async def test_schema_that_became_older_or_vanished_while_open(
+        self, database: Database, superuser: Connection
+    ) -> None:
+        await superuser.execute("UPDATE alembic_version SET version_num = '0001'")
+        health = await database.health()
+        assert (health.ok, health.problem, health.revision) == (False, "SchemaError", "0001")
+        assert not health.is_current
+        for change in (
+            "DELETE FROM alembic_version",
+            "REVOKE SELECT ON alembic_version FROM todo_app",
+            "DROP TABLE alembic_version",
+        ):
+            await superuser.execute(change)
+            health = await database.health()
+            assert not health.ok
+            assert not health.is_current
+            assert health.problem is not None
+
+    async def test_peer_that_never_answers_is_given_up_in_time(
+        self, far: Database, proxy: Proxy
+    ) -> None:
+        for pattern in (BEGIN, b"alembic_version", COMMIT):
+            async with Database.from_url(
+                proxy.url, pool_size=1, max_overflow=0, prepared_statements=False
+            ) as database:
+                proxy.break_at(pattern, Fault.HANG)
+                async with asyncio.timeout(10):
+                    health = await database.health(timeout_seconds=0.1)
+                assert (health.ok, health.problem) == (False, "CallTimeoutError"), pattern
+                assert not proxy.pending
+                assert database._pool.status.in_use == 0
+                assert (await database.health()).ok
+        assert (await far.health()).ok
+
+    async def test_lost_connection(self, proxy: Proxy) -> None:
+        for pattern in (BEGIN, b"alembic_version"):
+            for fault in (Fault.CUT_BEFORE, Fault.CUT_AFTER):
+                async with Database.from_url(
+                    proxy.url, pool_size=1, max_overflow=0, prepared_statements=False
+                ) as database:
+                    proxy.break_at(pattern, fault)
+                    health = await database.health()
+                    assert (health.ok, health.problem) == (False, "UnavailableError")
+                    assert not proxy.pending
+                    assert (await database.health()).ok
+
+    async def test_statement_that_takes_too_long(
+        self, database: Database, superuser: Connection
+    ) -> None:
+        async with Database.from_url(
+            str(
+                database._settings.database_url
+                and database._settings.database_url.get_secret_value()
+            ),
+            lock_timeout_seconds=0.05,
+        ) as hasty:
+            async with superuser.transaction():
+                await superuser.execute("LOCK alembic_version IN ACCESS EXCLUSIVE MODE")
+                health = await hasty.health()
+            assert (health.ok, health.problem) == (False, "CallTimeoutError")
+            assert (await hasty.health()).ok
+
+    async def test_pool_that_is_exhausted(self, far: Database) -> None:
+        async with far.transaction("alice"):
+            async with asyncio.timeout(10):
+                health = await far.health(timeout_seconds=0.05)
+        assert (health.ok, health.problem) == (False, "CallTimeoutError")
+        assert (health.pool.in_use, health.pool.waiting) == (1, 0)
+        assert (await far.health()).ok
+
+    async def test_cancellation_is_raised(self, far: Database, proxy: Proxy) -> None:
+        proxy.break_at(BEGIN, Fault.HANG)
+        asking = asyncio.create_task(far.health())
+        await until(lambda: not proxy.pending)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert (await far.health()).ok
+
+
+class TestRetries:
+    async def test_F15_F16_F17_what_was_not_applied_is_tried_again(
+        self, db: Database, refusal: Refusal
+    ) -> None:
+        for sqlstate in ("40001", "40P01", "55P03"):
+            await refusal.plant(sqlstate, times=2)
+            task = await db.tasks.create("alice", sqlstate)
+            assert await refusal.tries() == 3
+            assert (await db.tasks.list("alice")).items == (task,)
+            await db.tasks.delete("alice", task.id)
+
+    async def test_F17b_refused_at_the_commit(self, db: Database, refusal: Refusal) -> None:
+        await refusal.plant("40001", times=1, deferred=True)
+        task = await db.tasks.create("alice", "second try")
+        assert await refusal.tries() == 2
+        assert (await db.tasks.list("alice")).items == (task,)
+
+    async def test_raised_after_the_last_attempt(
+        self, db: Database, url: str, refusal: Refusal
+    ) -> None:
+        for attempts in (1, 2, 3):
+            await refusal.plant("40001", times=99)
+            async with Database.from_url(url, retry_attempts=attempts) as stubborn:
+                with pytest.raises(UnavailableError):
+                    await stubborn.tasks.create("alice", "never")
+            assert await refusal.tries() == attempts
+        assert await db.tasks.count("alice") == 0
+
+    async def test_raised_when_the_time_is_up(
+        self, db: Database, url: str, refusal: Refusal
+    ) -> None:
+        await refusal.plant("40001", times=99)
+        async with Database.from_url(url, retry_timeout_seconds=0.01) as hasty:
+            with pytest.raises(UnavailableError):
+                await hasty.tasks.create("alice", "never")
+        assert await refusal.tries() < 5
+        assert await db.tasks.count("alice") == 0
+
+    async def test_anything_else_is_raised_at_once(self, db: Database, refusal: Refusal) -> None:
+        for sqlstate in ("57014", "53100", "23514", "P0001", "42501", "42P01"):
+            await refusal.plant(sqlstate, times=1)
+            with pytest.raises(TodoDBError):
+                await db.tasks.create("alice", "refused")
+            assert await refusal.tries() == 1, sqlstate
+        assert await db.tasks.count("alice") == 0
+
+    async def test_F15_lock_timeout(self, db: Database, url: str, owner: Connection) -> None:
+        task = await db.tasks.create("alice", "locked")
+        async with Database.from_url(url, lock_timeout_seconds=0.05, retry_attempts=2) as hasty:
+            lock = owner.transaction()
+            await lock.start()
+            await owner.execute("UPDATE tasks SET title = 'mine' WHERE id = $1", task.id)
+            with pytest.raises(CallTimeoutError):
+                await hasty.tasks.toggle("alice", task.id)
+            await lock.rollback()
+            assert (await hasty.tasks.toggle("alice", task.id)).completed
+
+    async def test_F14_statement_timeout_is_not_tried_again(
+        self, db: Database, url: str, owner: Connection
+    ) -> None:
+        task = await db.tasks.create("alice", "locked")
+        async with Database.from_url(url, statement_timeout_seconds=0.05) as hasty:
+            lock = owner.transaction()
+            await lock.start()
+            await owner.execute("UPDATE tasks SET title = 'mine' WHERE id = $1", task.id)
+            with pytest.raises(CallTimeoutError) as caught:
+                await hasty.tasks.toggle("alice", task.id)
+            await lock.rollback()
+            assert not caught.value.transient
+        assert not (await db.tasks.get("alice", task.id)).completed
+
+    async def test_F16_deadlock(self, db: Database) -> None:
+        first = await db.tasks.create("alice", "first")
+        second = await db.tasks.create("alice", "second")
+        met = asyncio.Barrier(2)
+        tries = 0
+
+        def crossing(*ids: int) -> Callable[[Transaction], Awaitable[None]]:
+            async def work(tx: Transaction) -> None:
+                nonlocal tries
+                tries += 1
+                await tx.tasks.toggle("alice", ids[0])
+                if tries <= 2:
+                    await met.wait()
+                await tx.tasks.toggle("alice", ids[1])
+
+            return work
+
+        await asyncio.gather(
+            db.run("alice", crossing(first.id, second.id)),
+            db.run("alice", crossing(second.id, first.id)),
+        )
+        assert tries == 3
+        for task in (first, second):
+            assert not (await db.tasks.get("alice", task.id)).completed
+
+
+class TestKilledConnections:
+    """Another login of the owner's, because an owner may end its own connections."""
+
+    @pytest.fixture
+    def login(self) -> str:
+        return OWNER
+
+    async def test_F01_between_calls(self, db: Database, owner: Connection) -> None:
+        for _ in range(3):
+            await owner.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'todo_db' AND datname = current_database()"
+            )
+            assert await db.tasks.count("alice") == 0
+
+    async def test_F03_during_a_call(self, db: Database, owner: Connection) -> None:
+        task = await db.tasks.create("alice", "wanted")
+        async with asyncio.TaskGroup() as group, owner.transaction():
+            await owner.execute("SELECT FROM tasks FOR UPDATE")
+            waiting = group.create_task(db.tasks.update("alice", task.id, title="changed"))
+            await until_waiting(owner)
+            await owner.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'todo_db' AND datname = current_database()"
+                " AND wait_event_type = 'Lock'"
+            )
+        assert (await waiting).title == "changed"
+        assert (await db.tasks.get("alice", task.id)).title == "changed"
+
+    async def test_between_the_statements_of_run(self, db: Database, owner: Connection) -> None:
+        tries = 0
+
+        async def work(tx: Transaction) -> None:
+            nonlocal tries
+            tries += 1
+            await tx.tasks.create("alice", f"try {tries}")
+            if tries == 1:
+                pid = tx._lease.driver.get_server_pid()
+                await owner.execute("SELECT pg_terminate_backend($1)", pid)
+                await until(tx._lease.driver.is_closed)
+
+        await db.run("alice", work)
+        assert [task.title for task in (await db.tasks.list("alice")).items] == ["try 2"]
+
+
+type Outcome = Callable[[Database, int, datetime], Awaitable[object]]
+
+# What each method does when its COMMIT is lost: whether it answers all the same.
+ANSWERS: Final[dict[str, Outcome]] = {
+    "tasks.count": lambda db, _id, _at: db.tasks.count("alice"),
+    "tasks.delete": lambda db, id_, _at: db.tasks.delete("alice", id_),
+    "tasks.get": lambda db, id_, _at: db.tasks.get("alice", id_),
+    "tasks.iterate": lambda db, _id, _at: anext(aiter(db.tasks.iterate("alice"))),
+    "tasks.list": lambda db, _id, _at: db.tasks.list("alice"),
+    "tasks.update": lambda db, id_, _at: db.tasks.update("alice", id_, title="new"),
+    "tasks.update without changes": lambda db, id_, _at: db.tasks.update("alice", id_),
+    "users.delete": lambda db, _id, _at: db.users.delete("alice"),
+    "users.ensure": lambda db, _id, _at: db.users.ensure(
+        "alice", email="alice@example.org", name="Alice"
+    ),
+    "users.get": lambda db, _id, _at: db.users.get("alice"),
+    "users.update": lambda db, _id, _at: db.users.update("alice", name="new"),
+}
+IS_UNKNOWN: Final[dict[str, Outcome]] = {
+    "tasks.create": lambda db, _id, _at: db.tasks.create("alice", "new"),
+    "tasks.create_many": lambda db, _id, _at: db.tasks.create_many("alice", [NewTask("new")]),
+    "tasks.delete_completed": lambda db, _id, _at: db.tasks.delete_completed("alice"),
+    "tasks.delete_many": lambda db, id_, _at: db.tasks.delete_many("alice", [id_]),
+    "tasks.toggle": lambda db, id_, _at: db.tasks.toggle("alice", id_),
+    "tasks.update if unchanged": lambda db, id_, at: db.tasks.update(
+        "alice", id_, expected_updated_at=at, title="new"
+    ),
+    "tasks.update_many": lambda db, id_, _at: db.tasks.update_many("alice", [id_], title="new"),
+    "users.create": lambda db, _id, _at: db.users.create(
+        "carol", email="carol@example.org", name="Carol"
+    ),
+}
+
+
+def _public(repository: type) -> set[str]:
+    return {name for name, _ in getmembers(repository, isfunction) if not name.startswith("_")}
+
+
+class TestLostCommit:
+    def test_tables_have_a_line_for_every_public_method(self) -> None:
+        named = {line.partition(" ")[0] for line in (ANSWERS | IS_UNKNOWN)}
+        assert named == (
+            {f"tasks.{name}" for name in _public(TaskRepository)}
+            | {f"users.{name}" for name in _public(UserRepository)}
+        )
+
+    @staticmethod
+    async def contents(owner: Connection) -> dict[str, Any]:
+        """All rows but their moments, to compare what one and two applications would leave."""
+        users = await owner.fetch("SELECT id, name FROM users ORDER BY id")
+        tasks = await owner.fetch("SELECT user_id, title, completed FROM tasks ORDER BY id")
+        return {"users": [tuple(row) for row in users], "tasks": [tuple(row) for row in tasks]}
+
+    @staticmethod
+    async def start_again(owner: Connection) -> tuple[int, datetime]:
+        await owner.execute("""
+            TRUNCATE users CASCADE;
+            INSERT INTO users (id, email, name) VALUES
+                ('alice', 'alice@example.org', 'Alice'), ('bob', 'bob@example.org', 'Bob')
+        """)
+        task = await owner.fetchrow(
+            "INSERT INTO tasks (user_id, title, completed) VALUES ('alice', 'old', true)"
+            " RETURNING id, updated_at"
+        )
+        assert task is not None
+        return task["id"], task["updated_at"]
+
+    @pytest.mark.parametrize("fault", [Fault.CUT_BEFORE, Fault.CUT_AFTER])
+    async def test_Z5_is_no_matter_where_the_call_can_be_run_again(
+        self, far: Database, proxy: Proxy, owner: Connection, fault: Fault
+    ) -> None:
+        for name, call in ANSWERS.items():
+            undisturbed = await call(far, *await self.start_again(owner))
+            once = await self.contents(owner)
+            given = await self.start_again(owner)
+            proxy.break_at(COMMIT, fault)
+            assert type(await call(far, *given)) is type(undisturbed), name
+            assert not proxy.pending, name
+            assert await self.contents(owner) == once, name
+
+    @pytest.mark.parametrize("fault", [Fault.CUT_BEFORE, Fault.CUT_AFTER])
+    async def test_Z5_is_raised_where_it_cannot_and_nothing_is_done_twice(
+        self, far: Database, proxy: Proxy, owner: Connection, fault: Fault
+    ) -> None:
+        for name, call in IS_UNKNOWN.items():
+            given = await self.start_again(owner)
+            before = await self.contents(owner)
+            await call(far, *given)
+            once = await self.contents(owner)
+            assert once != before, name
+            given = await self.start_again(owner)
+            proxy.break_at(COMMIT, fault)
+            with pytest.raises(OutcomeUnknownError):
+                await call(far, *given)
+            assert not proxy.pending, name
+            expected = before if fault is Fault.CUT_BEFORE else once
+            assert await self.contents(owner) == expected, name
+
+    async def test_ensure_of_a_new_user_is_run_again(self, far: Database, proxy: Proxy) -> None:
+        for fault, user in ((Fault.CUT_BEFORE, "carol"), (Fault.CUT_AFTER, "dave")):
+            proxy.break_at(COMMIT, fault)
+            ensured = await far.users.ensure(user, email=f"{user}@example.org", name="")
+            assert not proxy.pending
+            assert await far.users.get(user) == ensured
+
+    async def test_delete_of_what_never_was_is_still_not_found(
+        self, far: Database, proxy: Proxy
+    ) -> None:
+        proxy.break_at(BEGIN, Fault.CUT_AFTER)
+        with pytest.raises(TaskNotFoundError):
+            await far.tasks.delete("alice", 999)
+        assert not proxy.pending
+
+    async def test_read_is_not_run_again(self, far: Database, proxy: Proxy) -> None:
+        await far.tasks.count("alice")
+        proxy.break_at(COMMIT, Fault.CUT_AFTER)
+        begun = proxy.sent.count(BEGIN)
+        assert await far.tasks.count("alice") == 0
+        assert proxy.sent.count(BEGIN) == begun + 1
+
+    async def test_retries_turned_off(self, db: Database, proxy: Proxy) -> None:
+        task = await db.tasks.create("alice", "old")
+        async with Database.from_url(proxy.url, retry_attempts=1) as single:
+            proxy.break_at(COMMIT, Fault.CUT_AFTER)
+            with pytest.raises(OutcomeUnknownError):
+                await single.tasks.update("alice", task.id, title="new")
+
+
+class TestRun:
+    async def test_returns_what_the_work_returns(self, db: Database) -> None:
+        async def work(tx: Transaction) -> int:
+            await tx.tasks.create("alice", "one")
+            return await tx.tasks.count("alice")
+
+        assert await db.run("alice", work) == 1
+        assert await db.tasks.count("alice") == 1
+
+    async def test_E8_runs_all_of_it_again_as_the_same_user(
+        self, db: Database, refusal: Refusal
+    ) -> None:
+        await refusal.plant("40001", times=1)
+        seen: list[tuple[str, int]] = []
+
+        async def work(tx: Transaction) -> None:
+            found = await tx.execute(text("SELECT current_setting('todo_db.user_id')"))
+            seen.append((found.scalar_one(), await tx.tasks.count("alice")))
+            await tx.tasks.create("alice", "one")
+            await tx.tasks.create("alice", "two")
+
+        await db.run("alice", work)
+        assert seen == [("alice", 0), ("alice", 0)]
+        assert await db.tasks.count("alice") == 2
+
+    async def test_own_statement_that_collides_is_run_again_too(
+        self, db: Database, refusal: Refusal
+    ) -> None:
+        await refusal.plant("40001", times=1)
+
+        async def work(tx: Transaction) -> None:
+            await tx.execute(text("INSERT INTO tasks (user_id, title) VALUES ('alice', 'own')"))
+
+        await db.run("alice", work)
+        assert await refusal.tries() == 2
+        assert await db.tasks.count("alice") == 1
+
+    async def test_other_errors_undo_it_and_are_not_tried_again(self, db: Database) -> None:
+        raised: list[type[Exception]] = []
+
+        async def work(tx: Transaction) -> None:
+            raised.append(error)
+            await tx.tasks.create("alice", "undone")
+            raise error
+
+        errors: tuple[type[Exception], ...] = (LookupError, TaskNotFoundError, OSError)
+        for error in errors:
+            with pytest.raises(error):
+                await db.run("alice", work)
+        assert raised == list(errors)
+        assert await db.tasks.count("alice") == 0
+
+    @pytest.mark.parametrize("fault", [Fault.CUT_BEFORE, Fault.CUT_AFTER])
+    async def test_Z5_lost_commit_is_unknown_and_not_run_again(
+        self, far: Database, proxy: Proxy, fault: Fault
+    ) -> None:
+        tries = 0
+
+        async def work(tx: Transaction) -> None:
+            nonlocal tries
+            tries += 1
+            await tx.tasks.create("alice", "maybe")
+
+        proxy.break_at(COMMIT, fault)
+        with pytest.raises(OutcomeUnknownError):
+            await far.run("alice", work)
+        assert tries == 1
+        assert await far.tasks.count("alice") == (fault is Fault.CUT_AFTER)
+
+    async def test_M1_read_only_one_is_never_unknown(self, far: Database, proxy: Proxy) -> None:
+        async def work(tx: Transaction) -> int:
+            return await tx.tasks.count("alice")
+
+        proxy.break_at(COMMIT, Fault.CUT_AFTER)
+        assert await far.run("alice", work, read_only=True) == 0
+        assert not proxy.pending

@@ -1,0 +1,396 @@
+"""The URL, the connections and who gets them."""
+
+import asyncio
+import logging
+import socket
+import tempfile
+import traceback
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+import pytest_asyncio
+from driver import Connection
+from proxy import STARTUP, Fault, Proxy
+from sqlalchemy import make_url
+
+from todo_db import (
+    ConfigurationError,
+    Database,
+    PoolExhaustedError,
+    Settings,
+    TodoDBError,
+    UnavailableError,
+)
+from todo_db.embedded import LOGIN, EmbeddedPostgres
+from todo_db.engine import Lease, Pool, parse_url
+from todo_db.records import PoolStatus
+
+MARKER: Final = "hunter2"
+
+
+@pytest.fixture
+def login() -> str:
+    """One is enough: connections are the same for both."""
+    return LOGIN
+
+
+def settings(url: str, **values: object) -> Settings:
+    return Settings(database_url=url, **({"pool_size": 2, "max_overflow": 0} | values))
+
+
+@pytest_asyncio.fixture
+async def pool(url: str) -> AsyncGenerator[Pool]:
+    """Two connections, both warm."""
+    pool = Pool(settings(url))
+    for lease in [await pool.acquire(), await pool.acquire()]:
+        await pool.release(lease)
+    yield pool
+    await pool.close()
+
+
+@pytest_asyncio.fixture
+async def proxy(url: str) -> AsyncGenerator[Proxy]:
+    async with Proxy(url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def folder() -> Iterator[str]:
+    """Short enough for the path of a socket in it."""
+    with tempfile.TemporaryDirectory(prefix="todo-") as folder:
+        yield folder
+
+
+def told(error: BaseException) -> str:
+    """All that an error and those behind it could say to anybody."""
+    parts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        parts += [str(cause), repr(cause), repr(cause.args), *traceback.format_exception(cause)]
+        cause = cause.__cause__ or cause.__context__
+    return "".join(parts)
+
+
+class TestParseUrl:
+    @pytest.mark.parametrize("name", ["postgres", "postgresql", "postgresql+asyncpg"])
+    def test_takes_every_name_of_postgresql(self, name: str) -> None:
+        parsed = parse_url(f" {name}://alice:s%40cret@db.example.org:6432/todo\n")
+        assert parsed.drivername == "postgresql+asyncpg"
+        assert (parsed.username, parsed.password) == ("alice", "s@cret")
+        assert (parsed.host, parsed.port, parsed.database) == ("db.example.org", 6432, "todo")
+
+    def test_takes_the_folder_of_a_socket(self) -> None:
+        parsed = parse_url("postgresql://alice@/todo?host=/run/postgresql&port=5433")
+        assert dict(parsed.query) == {"host": "/run/postgresql", "port": "5433"}
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            f"mysql://alice:{MARKER}@localhost/todo",
+            f"sqlite:///{MARKER}",
+            f"postgresql+psycopg://alice:{MARKER}@localhost/todo",
+            f"postgresqlx://alice:{MARKER}@localhost/todo",
+            f"postgresql://alice:{MARKER}@localhost:port/todo",
+            f"psql postgresql://alice:{MARKER}@localhost/todo",
+            f"alice:{MARKER}@localhost/todo",
+            MARKER,
+            "",
+        ],
+    )
+    def test_refuses_anything_else_and_echoes_nothing(self, url: str) -> None:
+        with pytest.raises(ConfigurationError) as caught:
+            parse_url(url)
+        assert MARKER not in told(caught.value)
+
+    def test_names_unknown_keys_without_their_values(self) -> None:
+        with pytest.raises(ConfigurationError, match=r"passwd, zebra$") as caught:
+            parse_url(f"postgresql://alice@localhost/todo?zebra=1&passwd={MARKER}")
+        assert MARKER not in told(caught.value)
+
+
+class TestOrder:
+    async def test_first_come_first_served_for_32_tasks_on_two_connections(
+        self, pool: Pool
+    ) -> None:
+        arrived: list[tuple[int, int]] = []
+        served: list[tuple[int, int]] = []
+
+        async def work(task: int) -> None:
+            for turn in range(8):
+                arrived.append((task, turn))
+                lease = await pool.acquire()
+                served.append((task, turn))
+                await lease.driver.execute("SELECT 1")
+                await pool.release(lease)
+
+        async with asyncio.timeout(20):
+            await asyncio.gather(*map(work, range(32)))
+        assert served == arrived
+        # Nobody had a second turn before everybody had the first one.
+        assert sorted(task for task, _ in served[:32]) == list(range(32))
+
+    async def test_one_who_gives_up_does_not_hold_the_others_up(self, pool: Pool) -> None:
+        leases = [await pool.acquire(), await pool.acquire()]
+        first, second = (asyncio.create_task(pool.acquire()) for _ in range(2))
+        await asyncio.sleep(0)
+        assert pool.status.waiting == 2
+        first.cancel()
+        await pool.release(leases[0])
+        leases[0] = await second
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert pool.status == PoolStatus(size=2, in_use=2, waiting=0)
+        for lease in leases:
+            await pool.release(lease)
+
+
+class TestExhaustion:
+    async def test_raises_when_none_is_free_in_time_and_recovers(self, url: str) -> None:
+        pool = Pool(settings(url, pool_size=1, pool_timeout_seconds=0.05))
+        lease = await pool.acquire()
+        for _ in range(2):
+            with pytest.raises(PoolExhaustedError) as caught:
+                await pool.acquire()
+            assert caught.value.retry_after > 0
+        assert pool.status == PoolStatus(size=1, in_use=1, waiting=0)
+        await pool.release(lease)
+        await pool.release(await pool.acquire())
+        await pool.close()
+
+    async def test_overflow_is_lent_and_closed_afterwards(self, url: str) -> None:
+        pool = Pool(settings(url, pool_size=1, max_overflow=1))
+        leases = [await pool.acquire(), await pool.acquire()]
+        assert pool.status == PoolStatus(size=2, in_use=2, waiting=0)
+        for lease in leases:
+            await pool.release(lease)
+        assert [lease.driver.is_closed() for lease in leases] == [False, True]
+        await pool.close()
+
+    async def test_status_counts_who_waits(self, pool: Pool) -> None:
+        assert pool.status == PoolStatus(size=2, in_use=0, waiting=0)
+        leases = [await pool.acquire(), await pool.acquire()]
+        waiting = asyncio.create_task(pool.acquire())
+        await asyncio.sleep(0)
+        assert pool.status == PoolStatus(size=2, in_use=2, waiting=1)
+        await pool.release(leases.pop())
+        leases.append(await waiting)
+        assert pool.status == PoolStatus(size=2, in_use=2, waiting=0)
+        for lease in leases:
+            await pool.release(lease)
+
+
+class TestGuards:
+    """What should not be in the pool is put there behind its back."""
+
+    @staticmethod
+    async def idle(pool: Pool) -> Lease:
+        """Return the lease of the connection that is lent next."""
+        lease = await pool.acquire()
+        await pool.release(lease)
+        return lease
+
+    async def test_E7_connection_in_a_transaction_is_not_lent(self, pool: Pool) -> None:
+        dirty = (await self.idle(pool)).driver
+        await dirty.execute("BEGIN; SET LOCAL todo_db.user_id = 'alice'")
+        lease = await pool.acquire()
+        assert lease.driver is not dirty
+        assert dirty.is_closed()
+        assert not lease.driver.is_in_transaction()
+        await pool.release(lease)
+
+    async def test_F01_closed_connection_is_not_lent(self, pool: Pool) -> None:
+        closed = (await self.idle(pool)).driver
+        closed.terminate()
+        lease = await pool.acquire()
+        assert await lease.driver.fetchval("SELECT 1") == 1
+        await pool.release(lease)
+
+    async def test_E7_connection_in_a_transaction_is_not_kept(self, pool: Pool) -> None:
+        lease = await pool.acquire()
+        await lease.driver.execute("BEGIN")
+        await pool.release(lease)
+        assert lease.driver.is_closed()
+        assert pool.status.in_use == 0
+
+    async def test_old_connection_is_not_kept(
+        self, pool: Pool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lease = await pool.acquire()
+        monkeypatch.setattr("todo_db.engine._RECYCLE_SECONDS", 0)
+        await pool.release(lease)
+        assert lease.driver.is_closed()
+
+    async def test_terminated_connection_is_replaced(self, pool: Pool) -> None:
+        for _ in range(5):
+            lease = await pool.acquire()
+            lease.terminate()
+            await pool.release(lease)
+        leases = [await pool.acquire(), await pool.acquire()]
+        for lease in leases:
+            assert await lease.driver.fetchval("SELECT 1") == 1
+            await pool.release(lease)
+
+
+class TestConnecting:
+    @staticmethod
+    async def failure(url: str, **values: object) -> TodoDBError:
+        pool = Pool(settings(url, **values))
+        with pytest.raises(TodoDBError) as caught:
+            await pool.acquire()
+        assert pool.status.in_use == 0
+        await pool.close()
+        return caught.value
+
+    async def test_F10_refused(self, url: str, folder: str) -> None:
+        with socket.socket(socket.AF_UNIX) as nobody_listens:
+            nobody_listens.bind(str(Path(folder, ".s.PGSQL.5432")))
+            moved = make_url(url).update_query_dict({"host": folder})
+            failure = await self.failure(moved.render_as_string(hide_password=False))
+        assert type(failure) is UnavailableError
+        assert failure.transient
+
+    async def test_F10_refused_by_tcp(self) -> None:
+        with socket.socket() as nobody_listens:
+            nobody_listens.bind(("127.0.0.1", 0))
+            port = nobody_listens.getsockname()[1]
+            failure = await self.failure(f"postgresql://alice@127.0.0.1:{port}/todo")
+        assert type(failure) is UnavailableError
+        assert failure.transient
+
+    async def test_F32b_no_such_socket_folder(self, folder: str) -> None:
+        failure = await self.failure(f"postgresql://alice@/todo?host={folder}/missing")
+        assert type(failure) is ConfigurationError
+
+    async def test_F12_socket_that_is_gone_while_the_server_restarts(self, folder: str) -> None:
+        failure = await self.failure(f"postgresql://alice@/todo?host={folder}")
+        assert type(failure) is UnavailableError
+        assert failure.transient
+
+    async def test_F42_unknown_login(self, todo_postgres: EmbeddedPostgres) -> None:
+        failure = await self.failure(todo_postgres.url(user="nobody"))
+        assert type(failure) is ConfigurationError
+
+    async def test_F42_unknown_database(self, todo_postgres: EmbeddedPostgres) -> None:
+        failure = await self.failure(todo_postgres.url(user=LOGIN, database="missing"))
+        assert type(failure) is ConfigurationError
+
+    async def test_F13_no_connection_left(
+        self, url: str, owner: Connection, todo_database_name: str
+    ) -> None:
+        await owner.execute(f"ALTER DATABASE {todo_database_name} CONNECTION LIMIT 0")
+        failure = await self.failure(url)
+        assert type(failure) is UnavailableError
+        assert failure.transient
+
+    async def test_A10_peer_that_never_answers(self, proxy: Proxy) -> None:
+        proxy.break_at(STARTUP, Fault.HANG)
+        async with asyncio.timeout(10):
+            failure = await self.failure(proxy.url, connect_timeout_seconds=0.2)
+        assert isinstance(failure, UnavailableError)
+
+    async def test_connection_lost_half_way(self, proxy: Proxy) -> None:
+        proxy.break_at(STARTUP, Fault.CUT_AFTER)
+        failure = await self.failure(proxy.url)
+        assert type(failure) is UnavailableError
+        assert failure.transient
+
+    async def test_no_url(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("DATABASE_URL", raising=False)
+        with pytest.raises(ConfigurationError, match="DATABASE_URL"):
+            Pool(Settings())
+
+    async def test_old_poolers_get_no_prepared_statements(self, url: str, proxy: Proxy) -> None:
+        async with Database.from_url(url) as database:
+            await database.users.create("alice", email="alice@example.org", name="Alice")
+        async with Database.from_url(proxy.url, prepared_statements=False) as database:
+            for _ in range(2):
+                assert (await database.users.get("alice")).id == "alice"
+        assert b"__asyncpg_" not in proxy.sent
+        assert b"BEGIN" in proxy.sent
+
+
+class TestSecrets:
+    async def test_L7_neither_url_nor_password_in_errors_or_logs(
+        self,
+        url: str,
+        folder: str,
+        proxy: Proxy,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        # SQLAlchemy's own loggers stay quiet until they are turned up by name.
+        caplog.set_level(logging.DEBUG)
+        secret = make_url(url).set(password=MARKER)
+        good, no_user, no_database, no_server, no_folder, hanging = (
+            changed.render_as_string(hide_password=False)
+            for changed in (
+                secret,
+                secret.set(username=f"user-{MARKER}"),
+                secret.set(database=f"database-{MARKER}"),
+                secret.update_query_dict({"host": folder}),
+                secret.update_query_dict({"host": f"{folder}/{MARKER}"}),
+                make_url(proxy.url).set(password=MARKER),
+            )
+        )
+        tries = 3
+        proxy.break_at(STARTUP, Fault.CUT_AFTER, times=2 * tries)
+        proxy.break_at(STARTUP, Fault.HANG, times=99)
+
+        errors: list[BaseException] = []
+        shown: list[str] = []
+        for broken in (no_user, no_database, no_server, no_folder, hanging, hanging):
+            database = Database.from_url(broken, retry_attempts=tries, connect_timeout_seconds=0.05)
+            with pytest.raises(TodoDBError) as caught:
+                await database.open()
+            errors.append(caught.value)
+            shown += [repr(database), repr(vars(database)), repr(await database.health())]
+            await database.close()
+        async with Database.from_url(good) as database:
+            await database.users.create("alice", email="alice@example.org", name="Alice")
+            with pytest.raises(TodoDBError) as caught:
+                await database.users.create("bob", email="alice@example.org", name="Bob")
+            errors.append(caught.value)
+
+        assert caplog.records
+        assert MARKER not in caplog.text
+        assert [error for error in errors if MARKER in told(error)] == []
+        assert [text for text in shown if MARKER in text] == []
+
+    async def test_settings_do_not_echo(self) -> None:
+        with pytest.raises(ConfigurationError) as caught:
+            Settings(database_url=f"postgresql://{MARKER}", pool_size=MARKER)
+        assert MARKER not in told(caught.value)
+
+
+class TestClose:
+    async def test_leaves_no_connection_behind(self, pool: Pool) -> None:
+        leases = [await pool.acquire(), await pool.acquire()]
+        for lease in leases:
+            await pool.release(lease)
+        await pool.close()
+        assert all(lease.driver.is_closed() for lease in leases)
+
+    async def test_waits_for_what_is_lent(self, pool: Pool) -> None:
+        lease = await pool.acquire()
+        closing = asyncio.create_task(pool.close())
+        assert await lease.driver.fetchval("SELECT 1") == 1
+        assert not closing.done()
+        await pool.release(lease)
+        await closing
+        assert lease.driver.is_closed()
+
+    async def test_what_comes_back_too_late_is_closed_then(self, url: str) -> None:
+        pool = Pool(settings(url, pool_timeout_seconds=0.05))
+        lease = await pool.acquire()
+        await pool.close()
+        assert await lease.driver.fetchval("SELECT 1") == 1
+        await pool.release(lease)
+        assert lease.driver.is_closed()
+
+    async def test_pool_can_be_used_again(self, pool: Pool) -> None:
+        await pool.close()
+        lease = await pool.acquire()
+        assert await lease.driver.fetchval("SELECT 1") == 1
+        await pool.release(lease)
+        assert not lease.driver.is_closed()

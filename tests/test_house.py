@@ -1,0 +1,84 @@
+"""What a newcomer reads, held against what is there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from todo_db import Settings
+from todo_db.embedded import LOGIN, EmbeddedPostgres
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class TestReadme:
+    text = (ROOT / "README.md").read_text()
+
+    def test_shows_the_example_to_the_letter(self) -> None:
+        block = re.search(r"<!-- (\S+) -->\n```python\n(.*?)```", self.text, re.DOTALL)
+        assert block is not None
+        path, shown = block.groups()
+        assert shown == (ROOT / path).read_text()
+
+    def test_names_tests_that_exist(self) -> None:
+        rows = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?(?:::(\w+))?`", self.text)
+        assert len(rows) > 10
+        for path, *names in rows:
+            source = (ROOT / path).read_text()
+            for name in filter(None, names):
+                assert re.search(rf"(class|def) {name}\b", source), f"{path}::{name}"
+
+
+class TestExamples:
+    @pytest.mark.parametrize("example", ["quickstart.py"])
+    def test_run(
+        self, example: str, todo_postgres: EmbeddedPostgres, todo_database_name: str
+    ) -> None:
+        url = todo_postgres.url(user=LOGIN, database=todo_database_name)
+        done = subprocess.run(
+            [sys.executable, "-W", "error", ROOT / "examples" / example],
+            check=False,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"DATABASE_URL": url},
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == "['Buy milk']\nThe user has no such task.\n"
+
+
+class TestEnvExample:
+    def test_documents_every_setting_with_its_default(self) -> None:
+        lines = (ROOT / ".env.example").read_text().splitlines()
+        shown = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+        for name, field in Settings.model_fields.items():
+            if field.validation_alias is not None:
+                assert name.upper() in shown
+                continue
+            value = shown.pop(f"TODO_DB_{name.upper()}")
+            assert (
+                type(field.default)(value) == field.default or value == str(field.default).lower()
+            )
+        assert all(not name.startswith("TODO_DB_") for name in shown)
+
+
+class TestTree:
+    def test_alembic_is_no_package(self) -> None:
+        # It would shadow the library for everything that is run from here.
+        assert not (ROOT / "alembic" / "__init__.py").exists()
+
+    def test_no_file_names_a_package_index(self) -> None:
+        hosts = "|".join(("python" + "hosted", "py" + r"pi\.org", "registry" + r"\.npm"))
+        listed = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        )
+        for name in filter(None, listed.stdout.split("\0")):
+            path = ROOT / name
+            if path.is_file():
+                assert not re.search(hosts, path.read_text(errors="replace")), name

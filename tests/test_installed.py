@@ -1,0 +1,63 @@
+"""The wheel, as somebody installs it: in a clean environment, in an empty folder."""
+
+import os
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.matrix
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(["uv", "build", "--quiet", "--wheel", "--out-dir", folder, ROOT], check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("environment") / "venv"
+    subprocess.run(["uv", "venv", "--quiet", "--python", "3.13", folder], check=True)
+    subprocess.run(
+        ["uv", "pip", "install", "--quiet", "--python", folder / "bin" / "python", f"{wheel}[cli]"],
+        check=True,
+    )
+    return folder / "bin"
+
+
+def run(program: Path, *arguments: str, folder: Path) -> str:
+    clean = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+    done = subprocess.run(
+        [program, *arguments], check=True, capture_output=True, text=True, cwd=folder, env=clean
+    )
+    return done.stdout
+
+
+class TestWheel:
+    def test_carries_the_package_and_its_migrations_and_nothing_else(self, wheel: Path) -> None:
+        with zipfile.ZipFile(wheel) as archive:
+            names = archive.namelist()
+        assert "todo_db/py.typed" in names
+        assert "todo_db/_alembic/env.py" in names
+        assert "todo_db/_alembic/script.py.mako" in names
+        assert "todo_db/_alembic/versions/0002_isolate_by_user.py" in names
+        assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"todo_db"}
+
+    def test_demo_runs_from_an_empty_folder(self, environment: Path, tmp_path: Path) -> None:
+        assert "All of it held" in run(environment / "todo-db", "demo", folder=tmp_path)
+
+    def test_migrates_from_an_empty_folder(self, environment: Path, tmp_path: Path) -> None:
+        todo_db = environment / "todo-db"
+        run(todo_db, "migrate", folder=tmp_path)
+        assert "0002 (head)" in run(todo_db, "alembic", "current", folder=tmp_path)
+
+    def test_alembic_is_not_imported_by_what_serves_requests(
+        self, environment: Path, tmp_path: Path
+    ) -> None:
+        code = "import sys, todo_db; print('alembic' in sys.modules)"
+        assert run(environment / "python", "-c", code, folder=tmp_path) == "False\n"

@@ -1,0 +1,762 @@
+"""Every known way from one user to another's rows, by its number in the catalogue."""
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import asyncpg
+import attacks
+import pytest
+import pytest_asyncio
+from attacks import SECRET, Prey, begin, count, lent, refusal, rows, sent
+from driver import Connection
+from shapes import SHAPES, without_owner
+from sqlalchemy import insert, text, update
+from sqlalchemy.exc import DBAPIError
+
+from todo_db import (
+    Database,
+    EmailTakenError,
+    InvalidInputError,
+    IsolationError,
+    TaskNotFoundError,
+    Transaction,
+    TransactionError,
+)
+from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
+from todo_db.migrations import upgrade
+from todo_db.models import Task
+from todo_db.repositories import Call, Statement
+
+# What a policy says, as the server writes it.
+_CONTEXT: Final = (
+    "( SELECT NULLIF(current_setting('todo_db.user_id'::text, true), ''::text) AS \"nullif\")"
+)
+
+
+@pytest_asyncio.fixture
+async def prey(db: Database) -> Prey:
+    return await attacks.prey_for(db)
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncGenerator[Connection]:
+    connection = await asyncpg.connect(url)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+@pytest.fixture(scope="module")
+def roles() -> Generator[EmbeddedPostgres]:
+    """A server of this file's own: roles belong to all databases of a server."""
+    with (
+        TemporaryDirectory(prefix="todo-db-") as folder,
+        EmbeddedPostgres(Path(folder) / "postgres", durable=False) as server,
+    ):
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, upgrade(server.url())).result()
+        server.create_login()
+        yield server
+
+
+@asynccontextmanager
+async def planted(server: EmbeddedPostgres, *plant: str) -> AsyncGenerator[Connection]:
+    """Weaken the roles or the tables of a server, and mend them again."""
+    async with connected(server.url(user="postgres")) as superuser:
+        try:
+            for sql in plant:
+                await superuser.execute(sql)
+            yield superuser
+        finally:
+            await superuser.execute("""
+                ALTER ROLE todo_app NOSUPERUSER NOBYPASSRLS;
+                ALTER TABLE users OWNER TO todo_owner;
+                ALTER TABLE tasks OWNER TO todo_owner;
+                ALTER TABLE tasks ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+                DROP ROLE IF EXISTS planted;
+                TRUNCATE users CASCADE
+            """)
+
+
+@pytest_asyncio.fixture
+async def superuser(
+    todo_postgres: EmbeddedPostgres, todo_database_name: str
+) -> AsyncGenerator[Connection]:
+    url = todo_postgres.url(user="postgres", database=todo_database_name)
+    async with connected(url) as connection:
+        yield connection
+
+
+class TestOpen:
+    """A2 to A4: a role that could see everything is refused before anybody relies on it."""
+
+    @pytest.mark.parametrize(
+        "plant",
+        [
+            ("ALTER TABLE tasks NO FORCE ROW LEVEL SECURITY",),
+            ("ALTER TABLE tasks DISABLE ROW LEVEL SECURITY",),
+            ("ALTER TABLE tasks OWNER TO todo_app",),
+            ("ALTER ROLE todo_app BYPASSRLS",),
+            ("ALTER ROLE todo_app SUPERUSER",),
+            (
+                "CREATE ROLE planted",
+                "ALTER TABLE tasks OWNER TO planted",
+                "GRANT planted TO todo_app WITH INHERIT FALSE, SET TRUE",
+            ),
+            ("CREATE ROLE planted BYPASSRLS", "GRANT planted TO todo_app"),
+            (
+                "CREATE ROLE planted SUPERUSER",
+                "GRANT planted TO todo_app WITH INHERIT FALSE, SET TRUE",
+            ),
+        ],
+        ids=[
+            "A1 not forced",
+            "A1 disabled",
+            "A1 owner",
+            "A2 bypasses",
+            "A2 superuser",
+            "A3 member of the owner",
+            "A4 inherits a bypass",
+            "A4 may become a superuser",
+        ],
+    )
+    async def test_refuses_a_role_that_could_bypass(
+        self, roles: EmbeddedPostgres, plant: tuple[str, ...]
+    ) -> None:
+        db = Database.from_url(roles.url(user=LOGIN))
+        async with planted(roles, *plant):
+            with pytest.raises(IsolationError):
+                await db.open()
+            with pytest.raises(IsolationError):
+                await db.tasks.count("alice")
+        await db.open()
+        await db.close()
+
+    async def test_A1_D11_owner_that_does_not_bypass_sees_nothing(
+        self, roles: EmbeddedPostgres
+    ) -> None:
+        async with planted(
+            roles,
+            "CREATE ROLE planted",
+            "ALTER TABLE users OWNER TO planted",
+            "ALTER TABLE tasks OWNER TO planted",
+            "INSERT INTO users (id, email) VALUES ('alice', 'alice@example.org')",
+            "INSERT INTO tasks (user_id, title) VALUES ('alice', 'hers')",
+            "SET ROLE planted",
+        ) as connection:
+            assert await connection.fetch("SELECT FROM tasks") == []
+            assert await connection.execute("DELETE FROM tasks") == "DELETE 0"
+            await connection.execute("ALTER TABLE tasks NO FORCE ROW LEVEL SECURITY")
+            assert len(await connection.fetch("SELECT FROM tasks")) == 1
+            await connection.execute("RESET ROLE")
+
+
+class TestRoles:
+    async def test_A3_A4_role_and_login_are_members_of_nothing_else(
+        self, owner: Connection
+    ) -> None:
+        members = await owner.fetch("""
+            SELECT member::regrole::text, roleid::regrole::text FROM pg_auth_members
+            WHERE member IN ('todo_app'::regrole, 'todo_login'::regrole)
+        """)
+        assert [tuple(row) for row in members] == [(LOGIN, "todo_app")]
+
+    @pytest.mark.parametrize("user", [LOGIN, OWNER, "postgres"])
+    async def test_A5_transaction_sees_one_user_under_any_login(
+        self, todo_postgres: EmbeddedPostgres, todo_database_name: str, user: str
+    ) -> None:
+        url = todo_postgres.url(user=user, database=todo_database_name)
+        async with Database.from_url(url) as db, connected(url) as connection:
+            await db.users.create("alice", email="alice@example.org", name="Alice")
+            await attacks.prey_for(db)
+            visible = await connection.fetchval("SELECT count(DISTINCT user_id) FROM tasks")
+            assert visible == (0 if user == LOGIN else 2)
+            async with db.transaction("mallory") as tx:
+                assert await rows(tx, "SELECT current_user") == ["todo_app"]
+                assert set(await rows(tx, "SELECT user_id FROM tasks")) == {"mallory"}
+
+    async def test_A6_recommended_login_gains_nothing_by_dropping_the_role(
+        self, db: Database, prey: Prey, login: str
+    ) -> None:
+        assert prey.tasks
+        async with db.transaction("mallory") as tx:
+            with pytest.raises(TransactionError):
+                await tx.execute(text("RESET ROLE"))
+            await rows(tx, "SELECT set_config('role', 'none', true)")
+            seen = set(await rows(tx, "SELECT user_id FROM tasks"))
+        # Neon's default login does gain everything, which is why it is not recommended.
+        assert seen == ({"mallory"} if login == LOGIN else {"alice", "mallory"})
+
+    async def test_A7_A8_role_may_not_touch_the_schema(self, db: Database) -> None:
+        async with db.transaction("alice") as tx:
+            for sql in (
+                "TRUNCATE tasks",
+                "TRUNCATE users CASCADE",
+                "ALTER TABLE tasks DISABLE ROW LEVEL SECURITY",
+                "ALTER TABLE tasks NO FORCE ROW LEVEL SECURITY",
+                "DROP POLICY tasks_fence ON tasks",
+                "ALTER POLICY tasks_own ON tasks USING (true)",
+                "CREATE POLICY mine ON tasks USING (true)",
+                "CREATE TRIGGER t AFTER UPDATE ON tasks EXECUTE FUNCTION set_updated_at()",
+                "CREATE TABLE mine (id bigint)",
+                "CREATE TABLE public.mine (id bigint REFERENCES tasks)",
+                "CREATE VIEW mine AS SELECT * FROM tasks",
+                "CREATE FUNCTION mine() RETURNS int RETURN 1",
+                "CREATE TEMPORARY TABLE tasks (id bigint)",
+                "CREATE SCHEMA mine",
+                "UPDATE alembic_version SET version_num = '9999'",
+                "DELETE FROM alembic_version",
+                "SELECT last_value FROM tasks_id_seq",
+                "SELECT setval('tasks_id_seq', 1)",
+            ):
+                assert await refusal(tx, sql) == "42501", sql
+
+    async def test_A7_A8_role_has_no_privilege_beyond_rows(self, owner: Connection) -> None:
+        held = await owner.fetch("""
+            SELECT table_name || ':' || privilege_type FROM information_schema.table_privileges
+            WHERE grantee IN ('todo_app', 'todo_login', 'PUBLIC') AND table_schema = 'public'
+            ORDER BY 1
+        """)
+        assert [row[0] for row in held] == [
+            "alembic_version:SELECT",
+            "tasks:DELETE",
+            "tasks:SELECT",
+            "users:DELETE",
+            "users:SELECT",
+        ]
+
+    async def test_A8_temporary_table_does_not_shadow_the_real_one(
+        self, db: Database, owner: Connection, prey: Prey
+    ) -> None:
+        assert prey.tasks
+        name = await owner.fetchval("SELECT current_database()")
+        await owner.execute(f"GRANT TEMPORARY ON DATABASE {name} TO todo_app")
+        async with db.transaction("mallory") as tx:
+            await tx.execute(text("CREATE TEMPORARY TABLE tasks (LIKE public.tasks)"))
+            assert await tx.tasks.count("mallory") == 2
+            assert len(await rows(tx, "SELECT id FROM tasks")) == 2
+
+    async def test_A9_every_granted_table_is_fenced(self, db: Database, owner: Connection) -> None:
+        await attacks.granted_tables_are_fenced(db, owner, Prey([], {}))
+
+    async def test_A10_switching_row_security_off_is_an_error(self, db: Database) -> None:
+        async with db.transaction("alice") as tx:
+            with pytest.raises(TransactionError):
+                await tx.execute(text("SET LOCAL row_security = off"))
+            await rows(tx, "SELECT set_config('row_security', 'off', true)")
+            for table in ("users", "tasks"):
+                assert await refusal(tx, f"SELECT * FROM {table}") == "42501"
+                assert await refusal(tx, f"DELETE FROM {table}") == "42501"
+
+
+class TestPolicies:
+    async def test_bind_sql_that_names_no_user(
+        self, db: Database, owner: Connection, prey: Prey
+    ) -> None:
+        await attacks.raw_sql_does_not_cross(db, owner, prey)
+
+    async def test_B1_permissive_policy_added_by_mistake_opens_nothing(
+        self, db: Database, owner: Connection, prey: Prey
+    ) -> None:
+        await attacks.open_policy_is_fenced(db, owner, prey)
+
+    async def test_B2_B8_say_this_and_no_more(self, owner: Connection) -> None:
+        found = await owner.fetch("""
+            SELECT tablename, policyname, permissive, roles::text[], cmd, qual, with_check
+            FROM pg_policies ORDER BY policyname
+        """)
+        assert [tuple(row) for row in found] == [
+            (table, f"{table}_{name}", kind, ["todo_app"], "ALL", expression, expression)
+            for table, expression in (
+                ("tasks", f"(user_id = {_CONTEXT})"),
+                ("users", f"(id = {_CONTEXT})"),
+            )
+            for name, kind in (("fence", "RESTRICTIVE"), ("own", "PERMISSIVE"))
+        ]
+
+    async def test_B3_E3_no_context_and_an_empty_one_are_nobody(
+        self, url: str, db: Database, owner: Connection, prey: Prey
+    ) -> None:
+        assert prey.tasks
+        # Rows of '' cannot be stored; here they are, to be found by an empty context.
+        await owner.execute("""
+            ALTER TABLE users DROP CONSTRAINT ck_users_id_length;
+            INSERT INTO users (id, email) VALUES ('', 'nobody@example.org');
+            INSERT INTO tasks (user_id, title) VALUES ('', 'of nobody')
+        """)
+        async with connected(url) as connection:
+            for context in (
+                "SELECT",
+                "SET todo_db.user_id = ''",
+                begin("alice") + ";COMMIT",
+                begin("alice") + ";ROLLBACK",
+                "SELECT set_config('todo_db.user_id', 'alice', true)",
+            ):
+                await connection.execute(context)
+                await connection.execute("BEGIN; SET LOCAL ROLE todo_app")
+                for table in ("users", "tasks"):
+                    assert await connection.fetch(f"SELECT FROM {table}") == [], context
+                    assert await connection.execute(f"DELETE FROM {table}") == "DELETE 0", context
+                await connection.execute("ROLLBACK")
+        await owner.execute("DELETE FROM users WHERE id = ''")
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            async with connected(url) as connection:
+                await connection.execute(
+                    "SET ROLE todo_app; INSERT INTO users (id, email) VALUES ('', 'x@example.org')"
+                )
+        assert await db.tasks.count("alice") == 4
+
+    async def test_B3_empty_user_id_cannot_be_stored(self, owner: Connection) -> None:
+        with pytest.raises(asyncpg.CheckViolationError):
+            await owner.execute("INSERT INTO users (id, email) VALUES ('', 'x@example.org')")
+
+    async def test_B4_call_nothing_but_the_setting(self, owner: Connection) -> None:
+        called = await owner.fetch("""
+            SELECT refobjid::regprocedure FROM pg_depend
+            WHERE classid = 'pg_policy'::regclass AND refclassid = 'pg_proc'::regclass
+        """)
+        assert called == []
+        stable = "SELECT provolatile FROM pg_proc WHERE proname = 'current_setting'"
+        assert {row[0] for row in await owner.fetch(stable)} == {b"s"}
+
+    async def test_B5_prepared_plan_does_not_remember_its_user(
+        self, url: str, owner: Connection, prey: Prey
+    ) -> None:
+        name = await owner.fetchval("SELECT current_database()")
+        await owner.execute(f"ALTER DATABASE {name} SET plan_cache_mode = force_generic_plan")
+        async with connected(url) as connection:
+            everything = await connection.prepare("SELECT DISTINCT user_id FROM tasks ORDER BY 1")
+            unbound = await connection.fetch("SELECT DISTINCT user_id FROM tasks ORDER BY 1")
+            for user_id in ("alice", "mallory", "bob", "alice") * 2:
+                await connection.execute(begin(user_id))
+                seen = [row[0] for row in await everything.fetch()]
+                assert seen == ([] if user_id == "bob" else [user_id])
+                await connection.execute("COMMIT")
+                assert await everything.fetch() == unbound
+        async with Database.from_url(url, pool_size=1, max_overflow=0) as db:
+            for user_id, tasks in (("alice", 4), ("mallory", 2), ("bob", 0), ("alice", 4)):
+                page = await db.tasks.list(user_id)
+                assert [task.user_id for task in page.items] == [user_id] * tasks
+                if user_id != "alice":
+                    with pytest.raises(TaskNotFoundError):
+                        await db.tasks.get(user_id, prey.ids[0])
+
+    async def test_B6_row_for_another_user_is_refused(
+        self, db: Database, owner: Connection, prey: Prey
+    ) -> None:
+        await attacks.owner_cannot_be_changed(db, owner, prey)
+        before = await attacks.rows_of(owner, "alice")
+        forged = [
+            Statement(lambda mine: insert(Task).values(user_id=text("'alice'"), title=mine)),
+            Statement(
+                lambda mine: (
+                    update(Task).where(Task.user_id == mine).values(user_id=text("'alice'"))
+                )
+            ),
+        ]
+        for statement in forged:
+            with pytest.raises(IsolationError):
+                await db.perform("mallory", Call(statement, {}, lambda found: found))
+        assert await attacks.rows_of(owner, "alice") == before
+
+    async def test_B7_D10_setting_is_read_once_and_for_another_user_no_row(
+        self, db: Database
+    ) -> None:
+        async with db.transaction("mallory") as tx:
+            for sql in ("SELECT * FROM tasks", "DELETE FROM tasks", "SELECT * FROM users"):
+                plan = "\n".join(map(str, await rows(tx, f"EXPLAIN (COSTS OFF) {sql}")))
+                assert "InitPlan" in plan, plan
+                assert "current_setting" not in plan, plan
+            plan = "\n".join(
+                map(str, await rows(tx, "EXPLAIN SELECT * FROM tasks WHERE user_id = 'alice'"))
+            )
+            assert "One-Time Filter: ((InitPlan 1).col1 = 'alice'::text)" in plan
+
+
+class TestObjects:
+    async def test_C1_C2_C4_there_is_nothing_but_plain_tables(self, owner: Connection) -> None:
+        others = await owner.fetch("""
+            SELECT oid::regclass FROM pg_class
+            WHERE relnamespace = 'public'::regnamespace
+                AND (relkind NOT IN ('r', 'i', 'S') OR relispartition OR relhassubclass)
+        """)
+        assert others == []
+
+    async def test_C3_no_function_runs_as_somebody_else(self, owner: Connection) -> None:
+        functions = await owner.fetch("""
+            SELECT proname, prosecdef, proconfig FROM pg_proc
+            WHERE pronamespace = 'public'::regnamespace
+        """)
+        assert [tuple(row) for row in functions] == [("set_updated_at", False, ['search_path=""'])]
+
+    async def test_C5_copy_gives_own_rows_and_takes_none(
+        self, url: str, owner: Connection, prey: Prey
+    ) -> None:
+        assert prey.tasks
+        before = await attacks.rows_of(owner, "alice")
+        async with connected(url) as connection:
+            copied = io.BytesIO()
+            await connection.execute(begin("mallory"))
+            await connection.copy_from_table("tasks", output=copied, columns=["user_id"])
+            await connection.copy_from_query("SELECT user_id FROM tasks", output=copied)
+            assert copied.getvalue().split() == [b"mallory"] * 4
+            with pytest.raises(asyncpg.FeatureNotSupportedError):
+                await connection.copy_records_to_table(
+                    "tasks", records=[("alice", "planted")], columns=["user_id", "title"]
+                )
+        assert await attacks.rows_of(owner, "alice") == before
+
+
+class TestOracles:
+    async def test_D1_email_cannot_be_changed(self, db: Database) -> None:
+        async with db.transaction("alice") as tx:
+            for column in ("email", "email_verified", "created_at", "updated_at"):
+                assert await refusal(tx, f"UPDATE users SET {column} = DEFAULT") == "42501"
+
+    async def test_D2_chosen_id_is_refused_whether_or_not_it_exists(
+        self, db: Database, owner: Connection, prey: Prey
+    ) -> None:
+        await attacks.id_cannot_be_chosen(db, owner, prey)
+
+    async def test_D3_task_of_another_user_is_refused_whether_or_not_they_exist(
+        self, db: Database
+    ) -> None:
+        async with db.transaction("bob") as tx:
+            for user_id in ("alice", "nobody"):
+                sql = f"INSERT INTO tasks (user_id, title) VALUES ('{user_id}', 'probe')"
+                assert await refusal(tx, sql) == "42501"
+
+    async def test_D4_errors_carry_no_stored_value(self, db: Database) -> None:
+        async with db.transaction("bob") as tx:
+            await tx.tasks.create("bob", "his")
+            for sql in (
+                "INSERT INTO users (id, email) VALUES ('bob', 'alice@example.org')",
+                "INSERT INTO tasks (user_id, title) VALUES ('alice', 'mark')",
+                "INSERT INTO tasks (user_id, title) VALUES ('bob', ' ')",
+                "UPDATE tasks SET title = NULL",
+            ):
+                with pytest.raises(DBAPIError) as refused:
+                    async with tx.savepoint():
+                        await tx.execute(text(sql))
+                driver = refused.value.orig
+                assert driver is not None
+                assert getattr(driver.__cause__, "detail", "") is None, sql
+        with pytest.raises(EmailTakenError) as caught:
+            await db.users.ensure("mallory", email="alice@example.org", name="mark")
+        error = caught.value
+        assert "alice" not in f"{error!s}{error!r}{error.args}"
+        assert error.__cause__ is None
+        assert error.__context__ is None
+
+    async def test_D5_foreign_and_missing_task_are_not_told_apart(
+        self, url: str, db: Database, prey: Prey
+    ) -> None:
+        missing = 10**6
+        with pytest.raises(TaskNotFoundError):
+            await db.tasks.get("alice", missing)
+        async with Database.from_url(url, pool_size=1, max_overflow=0) as narrow:
+            tasks = narrow.tasks
+            expected = prey.tasks[0].updated_at
+            calls: list[Callable[[int], Awaitable[object]]] = [
+                lambda task_id: tasks.get("mallory", task_id),
+                lambda task_id: tasks.toggle("mallory", task_id),
+                lambda task_id: tasks.delete("mallory", task_id),
+                lambda task_id: tasks.update("mallory", task_id),
+                lambda task_id: tasks.update("mallory", task_id, title="taken"),
+                lambda task_id: tasks.update(
+                    "mallory", task_id, title="taken", expected_updated_at=expected
+                ),
+            ]
+            async with lent(narrow) as driver:
+                pass
+            for call in calls:
+                answers = []
+                for task_id in (prey.ids[0], missing):
+                    async with sent(driver) as queries:
+                        with pytest.raises(TaskNotFoundError) as caught:
+                            await call(task_id)
+                    answers.append(
+                        (type(caught.value), str(caught.value), caught.value.args, queries)
+                    )
+                assert answers[0] == answers[1]
+                assert len(answers[0][3]) == 3
+
+    async def test_D8_statistics_are_hidden(
+        self, db: Database, owner: Connection, prey: Prey
+    ) -> None:
+        assert prey.tasks
+        await owner.execute("ANALYZE users, tasks")
+        statistics = "SELECT count(*) FROM pg_stats WHERE tablename IN ('users', 'tasks')"
+        assert await owner.fetchval(statistics) > 0
+        async with db.transaction("mallory") as tx:
+            assert await rows(tx, statistics) == [0]
+            assert await refusal(tx, "SELECT count(*) FROM pg_statistic") == "42501"
+
+    async def test_D9_leaky_function_is_not_called_for_hidden_rows(
+        self, db: Database, owner: Connection, prey: Prey
+    ) -> None:
+        # Cheaper than the policy, so that the planner would like to call it first.
+        await owner.execute(f"""
+            CREATE FUNCTION tell(title text) RETURNS boolean LANGUAGE plpgsql COST 0.000001 AS $$
+            BEGIN
+                IF title LIKE '{SECRET}%' THEN RAISE EXCEPTION 'leaked'; END IF;
+                RETURN true;
+            END $$
+        """)
+        with pytest.raises(asyncpg.RaiseError):
+            await owner.fetch("SELECT FROM tasks WHERE tell(title)")
+        async with db.transaction("mallory") as tx:
+            assert len(await rows(tx, "SELECT id FROM tasks WHERE tell(title)")) == 2
+            divided = f"SELECT id FROM tasks WHERE 1 / (id - {prey.ids[0]}) IS NOT NULL"
+            assert len(await rows(tx, divided)) == 2
+
+    async def test_D11_write_that_reaches_no_row_says_so(self, db: Database, prey: Prey) -> None:
+        assert await db.tasks.update_many("mallory", prey.ids, completed=True) == 0
+        assert await db.tasks.delete_many("mallory", prey.ids) == 0
+        with pytest.raises(TaskNotFoundError):
+            await db.tasks.delete("mallory", prey.ids[0])
+
+    async def test_D12_activity_of_others_is_hidden(self, db: Database) -> None:
+        activity = """
+            SELECT query FROM pg_stat_activity
+            WHERE pid <> pg_backend_pid() AND query <> '<insufficient privilege>'
+        """
+        async with db.transaction("alice") as hers, db.transaction("mallory") as tx:
+            await hers.tasks.create("alice", SECRET)
+            assert await rows(tx, activity) == []
+            assert await rows(tx, "SELECT current_setting('application_name')") == ["todo_db"]
+
+
+async def _is_refused(db: Database, sql: str) -> None:
+    async with db.transaction("bob") as tx:
+        with pytest.raises(TransactionError):
+            await tx.execute(text(sql))
+        assert await rows(tx, "SELECT current_setting('todo_db.user_id')") == ["bob"], sql
+        assert await rows(tx, "SELECT current_user") == ["todo_app"], sql
+
+
+class TestPool:
+    @pytest_asyncio.fixture
+    async def narrow(self, url: str) -> AsyncGenerator[Database]:
+        """A Database whose users share one connection."""
+        async with Database.from_url(url, pool_size=1, max_overflow=0) as database:
+            for user_id in ("alice", "bob"):
+                await database.users.create(user_id, email=f"{user_id}@example.org", name=user_id)
+            yield database
+
+    def test_E1_context_ends_with_its_transaction(self) -> None:
+        for command in begin("alice").split(";"):
+            assert command.startswith(("BEGIN ", "SET LOCAL ", "SELECT pg_catalog.set_config("))
+            assert "set_config" not in command or command.endswith(", true)")
+
+    async def test_E1_E2_unit_leaves_nothing_on_its_connection(
+        self, narrow: Database, owner: Connection
+    ) -> None:
+        await attacks.nothing_stays_on_a_connection(narrow, owner, Prey([], {}))
+
+    async def test_E1_next_user_of_a_connection_sees_only_their_own(
+        self, narrow: Database, owner: Connection
+    ) -> None:
+        prey = await attacks.prey_for(narrow)
+        for user_id, tasks in (("alice", 4), ("mallory", 2), ("bob", 0), ("alice", 4)):
+            async with narrow.transaction(user_id) as tx:
+                assert await rows(tx, "SELECT user_id FROM tasks") == [user_id] * tasks
+        await attacks.repositories_do_not_cross(narrow, owner, prey)
+
+    async def test_E1_session_setting_of_a_caller_is_overridden(self, narrow: Database) -> None:
+        await narrow.tasks.create("alice", "hers")
+        async with narrow.transaction("bob") as tx:
+            await rows(tx, "SELECT set_config('todo_db.user_id', 'alice', false)")
+        async with narrow.transaction("bob") as tx:
+            assert await rows(tx, "SELECT user_id FROM tasks") == []
+
+    async def test_E4_caller_cannot_end_the_context(self, narrow: Database) -> None:
+        for sql in (
+            "COMMIT",
+            " end",
+            "ROLLBACK",
+            "\nAbort",
+            "BEGIN",
+            "START TRANSACTION",
+            "SAVEPOINT a",
+            "RELEASE a",
+            "PREPARE TRANSACTION 'a'",
+            "RESET ROLE",
+            "SET ROLE todo_owner",
+            "SET LOCAL todo_db.user_id = 'alice'",
+        ):
+            await _is_refused(narrow, sql)
+
+    async def test_E4_caller_cannot_end_the_context_behind_a_comment(
+        self, narrow: Database
+    ) -> None:
+        for sql in ("/* why */ COMMIT", "-- why\nRESET ROLE", "; COMMIT"):
+            await _is_refused(narrow, sql)
+
+    async def test_E4_nothing_runs_after_a_commit_behind_its_back(
+        self, narrow: Database, owner: Connection
+    ) -> None:
+        await attacks.nothing_runs_after_a_commit(narrow, owner, Prey([], {}))
+
+    async def test_E5_rolling_back_to_a_savepoint_restores_the_user(
+        self, db: Database, prey: Prey
+    ) -> None:
+        assert prey.tasks
+
+        async def become_alice(tx: Transaction) -> None:
+            async with tx.savepoint():
+                await rows(tx, "SELECT set_config('todo_db.user_id', 'alice', true)")
+                raise ZeroDivisionError
+
+        async with db.transaction("mallory") as tx:
+            with pytest.raises(ZeroDivisionError):
+                await become_alice(tx)
+            assert set(await rows(tx, "SELECT user_id FROM tasks")) == {"mallory"}
+            assert await rows(tx, "SELECT current_user") == ["todo_app"]
+
+    async def test_E7_cancelled_unit_leaves_nothing_to_the_next_user(
+        self, narrow: Database, owner: Connection
+    ) -> None:
+        await attacks.cancelled_units_leave_nothing(narrow, owner, await attacks.prey_for(narrow))
+
+    async def test_E8_retry_runs_as_the_same_user(
+        self, narrow: Database, owner: Connection, superuser: Connection
+    ) -> None:
+        tries: list[list[object]] = []
+
+        async def work(tx: Transaction) -> None:
+            tries.append(await rows(tx, "SELECT current_setting('todo_db.user_id')"))
+            if len(tries) == 1:
+                await superuser.execute(
+                    "SELECT pg_terminate_backend($1, 5000)", tx._driver.get_server_pid()
+                )
+            await tx.tasks.create("bob", "once")
+
+        async with asyncio.timeout(30):
+            await asyncio.gather(narrow.run("bob", work), narrow.tasks.create("alice", "hers"))
+        assert tries == [["bob"], ["bob"]]
+        stored = await owner.fetch("SELECT user_id, title FROM tasks ORDER BY user_id")
+        assert [tuple(row) for row in stored] == [("alice", "hers"), ("bob", "once")]
+
+    async def test_answer_of_commit_is_read(self, narrow: Database, owner: Connection) -> None:
+        await attacks.answer_of_commit_is_read(narrow, owner, Prey([], {}))
+
+    async def test_dirty_connection_is_not_lent(self, narrow: Database, owner: Connection) -> None:
+        await attacks.dirty_connection_is_not_lent(narrow, owner, Prey([], {}))
+
+    async def test_dirty_connection_is_not_kept(self, narrow: Database, owner: Connection) -> None:
+        prey = await attacks.prey_for(narrow)
+        await attacks.dirty_connection_is_not_kept(narrow, owner, prey)
+
+
+class TestUserId:
+    async def test_E10_unfit_id_is_refused_before_any_sql(self, database: Database) -> None:
+        await database.users.create("alice", email="alice@example.org", name="Alice")
+        prey = await attacks.prey_for(database)
+        unfit: list[Any] = ["", " ", None, b"alice", 1, "a\x00", "\ud800", "x" * 256, "\u200b"]
+        async with lent(database) as driver:
+            pass
+        async with sent(driver) as queries:
+            for user_id in unfit:
+                for tried in attacks.ATTACKS:
+                    with pytest.raises(InvalidInputError) as caught:
+                        await tried.run(database, user_id, prey)
+                    assert caught.value.field == "user_id"
+                with pytest.raises(InvalidInputError):
+                    await database.transaction(user_id).__aenter__()
+        assert queries == []
+        async with sent(driver) as queries:
+            assert await database.tasks.count("alice") == 4
+        assert len(queries) == 3
+
+    async def test_E10_hostile_id_is_an_id_like_any_other(
+        self, db: Database, owner: Connection
+    ) -> None:
+        await db.tasks.create("alice", SECRET)
+        before = await attacks.rows_of(owner, "alice")
+        hostile = [
+            "alice ",
+            "Alice",
+            "\uff41lice",
+            "o'b; DROP TABLE tasks; --",
+            "', true); RESET ROLE; SELECT ('",
+            "\\'; COMMIT; --",
+            "$$; ROLLBACK; $$",
+            "%(user_id)s %s :user_id $1 {user_id}",
+            "alice', 'hex'), 'UTF8'), true); --",
+            "\\x616c696365",
+            "todo_app",
+            "NULL",
+            "\U0001f600" * 255,
+            "a\r\nb\tc",
+        ]
+        for number, user_id in enumerate(hostile):
+            await db.users.create(user_id, email=f"{number}@example.org", name=user_id)
+            task = await db.tasks.create(user_id, user_id[:200])
+            assert await db.tasks.get(user_id, task.id) == task
+            assert [task.user_id for task in (await db.tasks.list(user_id)).items] == [user_id]
+            async with db.transaction(user_id) as tx:
+                assert await rows(tx, "SELECT user_id FROM tasks") == [user_id]
+                assert await rows(tx, "SELECT id FROM users") == [user_id]
+            assert await db.tasks.delete_many(user_id, [task.id]) == 1
+            await db.users.delete(user_id)
+        assert await attacks.rows_of(owner, "alice") == before
+
+
+class TestRepositories:
+    """Every public method, with mallory's own user id and what she knows of alice's tasks."""
+
+    async def test_do_not_cross_on_a_database(
+        self, db: Database, owner: Connection, prey: Prey
+    ) -> None:
+        await attacks.repositories_do_not_cross(db, owner, prey)
+
+    async def test_do_not_cross_in_a_transaction(
+        self, db: Database, owner: Connection, prey: Prey
+    ) -> None:
+        before = await attacks.rows_of(owner, "alice")
+        async with db.transaction("mallory") as tx:
+            await attacks.attack(tx, prey)
+        assert await attacks.rows_of(owner, "alice") == before
+
+    async def test_refuse_another_user_in_a_transaction(
+        self, db: Database, owner: Connection, prey: Prey
+    ) -> None:
+        await attacks.other_user_is_refused(db, owner, prey)
+
+    def test_are_attacked_in_every_public_method(self, database: Database) -> None:
+        public = {
+            f"{subject}.{name}"
+            for subject in ("tasks", "users")
+            for name in dir(getattr(database, subject))
+            if not name.startswith("_")
+        }
+        assert {tried.method for tried in attacks.ATTACKS} == public
+
+
+class TestEitherLineAlone:
+    async def test_statements_hold_without_row_security(
+        self, db: Database, owner: Connection, prey: Prey
+    ) -> None:
+        await attacks.disable_row_security(owner)
+        async with db.transaction("mallory") as tx:
+            assert "alice" in await rows(tx, "SELECT user_id FROM tasks")
+        await attacks.repositories_do_not_cross(db, owner, prey)
+
+    async def test_row_security_holds_without_predicates(
+        self, db: Database, owner: Connection, prey: Prey, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for statement in SHAPES.values():
+            if not statement.sql.startswith("INSERT"):
+                assert without_owner(statement.sql) != statement.sql
+                monkeypatch.setitem(statement.__dict__, "sql", without_owner(statement.sql))
+        await attacks.repositories_do_not_cross(db, owner, prey)
+        async with db.transaction("alice") as tx:
+            assert await count(tx, "DELETE FROM tasks") == 4

@@ -1,0 +1,208 @@
+"""Takes each defence away in turn: the check that guards it must fail.
+
+A check that passes without its defence proves nothing.
+"""
+
+import inspect
+import textwrap
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Final
+
+import attacks
+import pytest
+import pytest_asyncio
+from attacks import Prey
+from driver import Connection
+from shapes import SHAPES, without_owner
+
+from todo_db import Database, Transaction
+from todo_db.embedded import OWNER, EmbeddedPostgres
+from todo_db.engine import Pool
+from todo_db.transaction import Context, Unit
+
+type Check = Callable[[Database, Connection, Prey], Awaitable[None]]
+type Scene = tuple[Database, Connection, Prey]
+
+pytestmark = pytest.mark.mutation
+
+CHECKS: Final[tuple[Check, ...]] = (
+    attacks.answer_of_commit_is_read,
+    attacks.cancelled_units_leave_nothing,
+    attacks.dirty_connection_is_not_kept,
+    attacks.dirty_connection_is_not_lent,
+    attacks.granted_tables_are_fenced,
+    attacks.id_cannot_be_chosen,
+    attacks.nothing_runs_after_a_commit,
+    attacks.nothing_stays_on_a_connection,
+    attacks.open_policy_is_fenced,
+    attacks.other_user_is_refused,
+    attacks.owner_cannot_be_changed,
+    attacks.raw_sql_does_not_cross,
+    attacks.repositories_do_not_cross,
+)
+
+
+@pytest_asyncio.fixture
+async def db(todo_postgres: EmbeddedPostgres, todo_database_name: str) -> AsyncGenerator[Database]:
+    """Under the login that could see everything, and on one connection for all users."""
+    url = todo_postgres.url(user=OWNER, database=todo_database_name)
+    async with Database.from_url(url, pool_size=1, max_overflow=0) as database:
+        await database.users.create("alice", email="alice@example.org", name="Alice")
+        yield database
+
+
+@pytest_asyncio.fixture
+async def scene(db: Database, owner: Connection) -> Scene:
+    return db, owner, await attacks.prey_for(db)
+
+
+async def fails(check: Check, scene: Scene) -> None:
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        await check(*scene)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+async def test_check_passes_while_every_defence_stands(scene: Scene, check: Check) -> None:
+    await check(*scene)
+
+
+@pytest.mark.parametrize("table", ["users", "tasks"])
+@pytest.mark.parametrize(
+    ("mutation", "check"),
+    [
+        ("DROP POLICY {0}_own ON {0}", attacks.raw_sql_does_not_cross),
+        ("DROP POLICY {0}_fence ON {0}", attacks.open_policy_is_fenced),
+        ("ALTER TABLE {0} DISABLE ROW LEVEL SECURITY", attacks.raw_sql_does_not_cross),
+        ("ALTER TABLE {0} NO FORCE ROW LEVEL SECURITY", attacks.granted_tables_are_fenced),
+        ("ALTER POLICY {0}_fence ON {0} TO PUBLIC", attacks.granted_tables_are_fenced),
+        (
+            "CREATE TABLE mine AS TABLE {0}; GRANT SELECT ON mine TO todo_app",
+            attacks.granted_tables_are_fenced,
+        ),
+        ("GRANT UPDATE ON {0} TO todo_app", attacks.owner_cannot_be_changed),
+    ],
+)
+async def test_schema_without(
+    scene: Scene, owner: Connection, table: str, mutation: str, check: Check
+) -> None:
+    await owner.execute(mutation.format(table))
+    await fails(check, scene)
+
+
+async def test_schema_without_the_column_grant_of_inserts(scene: Scene, owner: Connection) -> None:
+    await owner.execute("GRANT INSERT ON tasks TO todo_app")
+    await fails(attacks.id_cannot_be_chosen, scene)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "tasks_get",
+        "tasks_page-newest",
+        "tasks_page-oldest-after",
+        "tasks_page-recently_updated-search-after",
+        "tasks_page-title-completed",
+        "tasks_count",
+        "tasks_update-title",
+        "tasks_update_if-title",
+        "tasks_update_many-title",
+        "tasks_toggle",
+        "tasks_delete",
+        "tasks_delete_many",
+        "tasks_delete_completed",
+        "users_get",
+        "users_ensure",
+        "users_update-name",
+        "users_delete",
+    ],
+)
+async def test_statement_without_its_owner_and_row_security(
+    scene: Scene, owner: Connection, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statement = SHAPES[shape]
+    await attacks.disable_row_security(owner)
+    monkeypatch.setitem(statement.__dict__, "sql", without_owner(statement.sql))
+    await fails(attacks.repositories_do_not_cross, scene)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One function of the package, with a piece of its source replaced."""
+
+    holder: object
+    name: str
+    old: str
+    new: str
+
+    def apply(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        function = getattr(self.holder, self.name)
+        source = textwrap.dedent(inspect.getsource(function))
+        assert source.count(self.old) == 1
+        namespace = dict(function.__globals__)
+        exec(compile(source.replace(self.old, self.new), "<mutant>", "exec"), namespace)  # noqa: S102
+        monkeypatch.setattr(self.holder, self.name, namespace[self.name])
+
+
+@pytest.mark.parametrize(
+    ("mutation", "check"),
+    [
+        (
+            Mutation(Context, "begin", "SET LOCAL ROLE {ROLE};", ""),
+            attacks.raw_sql_does_not_cross,
+        ),
+        (
+            Mutation(Context, "begin", "user_id.encode()", "b''"),
+            attacks.raw_sql_does_not_cross,
+        ),
+        (
+            Mutation(Context, "begin", "'UTF8'), true)", "'UTF8'), false)"),
+            attacks.nothing_stays_on_a_connection,
+        ),
+        (
+            Mutation(Transaction, "perform", "user_id != self.user_id", "False"),
+            attacks.other_user_is_refused,
+        ),
+        (
+            Mutation(Transaction, "_enter", "not self._driver.is_in_transaction()", "False"),
+            attacks.nothing_runs_after_a_commit,
+        ),
+        (
+            Mutation(Transaction, "_commit", 'tag == "COMMIT"', "tag"),
+            attacks.answer_of_commit_is_read,
+        ),
+        (
+            Mutation(Unit, "begin", "BaseException:\n        lease.terminate()", "BaseException:"),
+            attacks.cancelled_units_leave_nothing,
+        ),
+        (
+            Mutation(Transaction, "end", 'state == "lost" or self._busy', "False"),
+            attacks.cancelled_units_leave_nothing,
+        ),
+        (
+            Mutation(Pool, "release", "not lease.is_clean", "False"),
+            attacks.dirty_connection_is_not_kept,
+        ),
+        (
+            Mutation(Pool, "_last_used", "if lease.is_clean", "if lease"),
+            attacks.dirty_connection_is_not_lent,
+        ),
+    ],
+    ids=[
+        "role",
+        "user id",
+        "end of the user id",
+        "one user",
+        "transaction under way",
+        "answer of COMMIT",
+        "cut after a cancelled BEGIN",
+        "cut after a cancelled statement",
+        "guard of the pool's door in",
+        "guard of the pool's door out",
+    ],
+)
+async def test_package_without(
+    scene: Scene, mutation: Mutation, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutation.apply(monkeypatch)
+    await fails(check, scene)

@@ -1,0 +1,351 @@
+"""What PostgreSQL does for each statement on 200,000 tasks of 1,000 users."""
+
+import json
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+import asyncpg
+import pytest
+import pytest_asyncio
+from driver import Connection
+
+from todo_db import Page, TaskNotFoundError, TaskRecord, TaskRepository, TaskSort, testing
+from todo_db.embedded import EmbeddedPostgres
+from todo_db.repositories import Call
+
+DATABASE = "todo_plans"
+# heavy and dormant were the first users and stopped; zoe came last. Estimates depend on where an
+# id stands among the others: here before nearly all, and behind all of them.
+HEAVY, DORMANT, LATE, USUAL, NOBODY = "heavy", "dormant", "zoe", "user-500", "nobody"
+USERS = (HEAVY, DORMANT, LATE, USUAL, NOBODY)
+PAGE = 50
+# A page, the row behind it, the way down the index, and what other tests left dead.
+FEW_ROWS = PAGE + 1
+FEW_BUFFERS = PAGE + 40
+
+SEED = (
+    """
+    INSERT INTO users (id, email)
+    SELECT id, id || '@example.org' FROM (
+        SELECT 'user-' || n AS id FROM generate_series(1, 997) AS n
+        UNION ALL VALUES ('heavy'), ('dormant'), ('zoe')
+    ) AS everybody
+    """,
+    """
+    INSERT INTO tasks (user_id, title, description, completed, created_at, updated_at)
+    SELECT
+        CASE
+            WHEN n <= 10000 THEN 'heavy'
+            WHEN n <= 10200 THEN 'dormant'
+            WHEN n > 199800 THEN 'zoe'
+            ELSE 'user-' || n % 997 + 1
+        END,
+        'task ' || n * 7919 % 200000,
+        CASE WHEN n % 3 = 0 THEN 'about ' || n END,
+        n % 4 = 0,
+        timestamptz '2026-01-01 00:00Z' + n * interval '1 minute',
+        timestamptz '2026-01-01 00:00Z' + n * 7919 % 200000 * interval '1 minute'
+    FROM generate_series(1, 200000) AS n
+    ORDER BY n
+    """,
+    # The plans depend on the statistics of now, not on when the server finds time for them.
+    "ALTER TABLE tasks SET (autovacuum_enabled = off)",
+    "VACUUM (ANALYZE) tasks",
+    "ANALYZE users",
+)
+
+
+class Plan:
+    def __init__(self, explained: dict[str, Any]) -> None:
+        self.root: dict[str, Any] = explained["Plan"]
+        self.milliseconds: float = explained["Execution Time"]
+
+    @property
+    def nodes(self) -> list[dict[str, Any]]:
+        return list(self._below(self.root))
+
+    @property
+    def node_types(self) -> set[str]:
+        return {node["Node Type"] for node in self.nodes}
+
+    @property
+    def indexes(self) -> set[str]:
+        return {node["Index Name"] for node in self.nodes if "Index Name" in node}
+
+    @property
+    def rows_read(self) -> float:
+        """Rows of tables that were looked at, whether or not they were of use."""
+        counted = ("Actual Rows", "Rows Removed by Filter", "Rows Removed by Index Recheck")
+        scans = [
+            node
+            for node in self.nodes
+            if "Relation Name" in node and node["Node Type"].endswith("Scan")
+        ]
+        return sum(
+            (
+                float(scan["Actual Loops"] * sum(scan.get(key, 0) for key in counted))
+                for scan in scans
+            ),
+            start=0.0,
+        )
+
+    @property
+    def buffers(self) -> int:
+        return int(self.root["Shared Hit Blocks"] + self.root["Shared Read Blocks"])
+
+    def _below(self, node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield node
+        for child in node.get("Plans", ()):
+            yield from self._below(child)
+
+
+class Explainer:
+    """Runs statements as a transaction of the package does, keeps their plans, and undoes them."""
+
+    def __init__(self, connection: Connection, plan_cache_mode: str) -> None:
+        self.plans: list[Plan] = []
+        self.tasks = TaskRepository(self)
+        self._connection = connection
+        self._plan_cache_mode = plan_cache_mode
+
+    @property
+    def plan(self) -> Plan:
+        return self.plans[-1]
+
+    async def perform[T](self, user_id: str, call: Call[T]) -> T:
+        arguments = list(call.statement.arguments(user_id, call.values))
+        return call.result(await self.run(user_id, call.statement.sql, arguments))
+
+    async def run(
+        self, user_id: str, sql: str, arguments: Sequence[object]
+    ) -> list[asyncpg.Record]:
+        unit = self._connection.transaction()
+        await unit.start()
+        try:
+            await self._connection.execute("SET LOCAL ROLE todo_app")
+            await self._connection.execute(f"SET LOCAL plan_cache_mode = {self._plan_cache_mode}")
+            await self._connection.execute(
+                "SELECT set_config('todo_db.user_id', $1, true)", user_id
+            )
+            await self._explain(sql, arguments)
+            return await self._connection.fetch(sql, *arguments)
+        finally:
+            await unit.rollback()
+            await self._connection.execute("DEALLOCATE ALL")
+
+    async def _explain(self, sql: str, arguments: Sequence[object]) -> None:
+        # Only a prepared statement can have a generic plan.
+        await self._connection.execute(f"PREPARE explained AS {sql}")
+        analyzed = self._connection.transaction()
+        await analyzed.start()
+        values = ", ".join(map(literal, arguments))
+        explained = await self._connection.fetchval(
+            "EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE explained"
+            + (f"({values})" if values else "")
+        )
+        await analyzed.rollback()
+        plan = Plan(json.loads(explained)[0])
+        assert "Seq Scan" not in plan.node_types, sql
+        self.plans.append(plan)
+
+
+def literal(value: object) -> str:
+    match value:
+        case list():
+            return f"'{{{','.join(value)}}}'"
+        case datetime():
+            return f"'{value.isoformat()}'"
+        case _:
+            return f"'{value}'"
+
+
+@pytest_asyncio.fixture(scope="module")
+async def connection(todo_postgres: EmbeddedPostgres) -> AsyncGenerator[Connection]:
+    """The owner's, on a database of many tasks that all tests of this file share."""
+    todo_postgres.create_database(DATABASE, template=testing._TEMPLATE)
+    opened = await asyncpg.connect(todo_postgres.url(database=DATABASE), statement_cache_size=0)
+    for statement in SEED:
+        await opened.execute(statement)
+    yield opened
+    await opened.close()
+    todo_postgres.drop_database(DATABASE)
+
+
+@pytest.fixture(params=["force_custom_plan", "force_generic_plan"])
+def explainer(connection: Connection, request: pytest.FixtureRequest) -> Explainer:
+    return Explainer(connection, request.param)
+
+
+async def deep(explainer: Explainer, user_id: str, sort: TaskSort) -> Page[TaskRecord]:
+    """Return a page from the middle of the list, or the second one of a short list."""
+    middle = await explainer.tasks.list(
+        user_id, sort=sort, limit=1000 if user_id == HEAVY else PAGE
+    )
+    for _ in range(4 if user_id == HEAVY else 0):
+        middle = await explainer.tasks.list(
+            user_id, sort=sort, limit=1000, cursor=middle.next_cursor
+        )
+    return await explainer.tasks.list(user_id, sort=sort, limit=PAGE, cursor=middle.next_cursor)
+
+
+class TestSeed:
+    async def test_is_what_the_other_tests_rely_on(self, connection: Connection) -> None:
+        row = await connection.fetchrow(
+            "SELECT count(*), count(DISTINCT user_id), count(*) FILTER (WHERE user_id = 'heavy'),"
+            " max(id) FILTER (WHERE user_id = 'heavy'), max(id) FILTER (WHERE user_id = 'dormant'),"
+            " min(id) FILTER (WHERE user_id = 'zoe'), count(*) FILTER (WHERE user_id = 'user-500')"
+            " FROM tasks"
+        )
+        assert row is not None
+        assert tuple(row)[:6] == (200_000, 1_000, 10_000, 10_000, 10_200, 199_801)
+        assert 150 < row[6] < 250
+
+
+class TestByUser:
+    @pytest.mark.parametrize("user_id", USERS)
+    async def test_uses_the_index(self, explainer: Explainer, user_id: str) -> None:
+        await explainer.run(user_id, "SELECT * FROM tasks WHERE user_id = $1", [user_id])
+        assert explainer.plan.node_types & {"Index Scan", "Bitmap Index Scan"}
+        assert explainer.plan.indexes == {"idx_tasks_user_id"}
+
+    @pytest.mark.parametrize("user_id", USERS)
+    async def test_uses_the_index_without_a_where(self, explainer: Explainer, user_id: str) -> None:
+        rows = await explainer.run(user_id, "SELECT * FROM tasks", [])
+        assert {row["user_id"] for row in rows} == ({user_id} if user_id != NOBODY else set())
+        assert explainer.plan.indexes == {"idx_tasks_user_id"}
+
+
+class TestList:
+    @pytest.mark.parametrize("sort", [TaskSort.NEWEST, TaskSort.OLDEST])
+    async def test_by_id_reads_the_rows_of_the_page_and_no_more(
+        self, explainer: Explainer, sort: TaskSort
+    ) -> None:
+        for user_id in USERS:
+            page = await explainer.tasks.list(user_id, sort=sort, limit=PAGE)
+            assert len(page.items) == (0 if user_id == NOBODY else PAGE)
+            assert_few(explainer.plan)
+            if user_id != NOBODY:
+                page = await deep(explainer, user_id, sort)
+                assert len(page.items) == PAGE
+                assert_few(explainer.plan)
+
+    @pytest.mark.parametrize("sort", [TaskSort.RECENTLY_UPDATED, TaskSort.TITLE])
+    async def test_by_another_key_reads_ones_own_rows_and_no_more(
+        self, explainer: Explainer, sort: TaskSort
+    ) -> None:
+        for user_id, own in ((HEAVY, 10_000), (DORMANT, 200), (LATE, 200), (NOBODY, 0)):
+            for page in (
+                await explainer.tasks.list(user_id, sort=sort, limit=PAGE),
+                *((await deep(explainer, user_id, sort),) if own else ()),
+            ):
+                assert len(page.items) == min(own, PAGE)
+                assert explainer.plan.indexes == {"idx_tasks_user_id"}
+                assert explainer.plan.rows_read <= own
+                assert explainer.plan.milliseconds < 100
+
+    @pytest.mark.parametrize("sort", TaskSort)
+    async def test_filtered_reads_ones_own_rows_and_no_more(
+        self, explainer: Explainer, sort: TaskSort
+    ) -> None:
+        for completed, search in ((True, None), (None, "about 9"), (False, "nothing like it")):
+            page = await explainer.tasks.list(
+                HEAVY, completed=completed, search=search, sort=sort, limit=5
+            )
+            await explainer.tasks.list(
+                HEAVY,
+                completed=completed,
+                search=search,
+                sort=sort,
+                limit=5,
+                cursor=page.next_cursor,
+            )
+        assert len(explainer.plans) == 6
+        for plan in explainer.plans:
+            assert plan.indexes == {"idx_tasks_user_id"}
+            assert plan.rows_read <= 10_000
+
+    async def test_of_open_tasks_reads_only_what_it_passes(self, explainer: Explainer) -> None:
+        for user_id in (HEAVY, DORMANT, LATE, USUAL):
+            page = await explainer.tasks.list(user_id, completed=False, limit=PAGE)
+            assert len(page.items) == PAGE
+            # A quarter of the tasks is completed.
+            assert explainer.plan.rows_read <= 2 * FEW_ROWS
+            assert explainer.plan.indexes == {"idx_tasks_user_id"}
+
+
+def assert_few(plan: Plan) -> None:
+    assert plan.indexes == {"idx_tasks_user_id"}
+    assert "Sort" not in plan.node_types
+    assert plan.rows_read <= FEW_ROWS
+    assert plan.buffers <= FEW_BUFFERS
+    assert plan.milliseconds < 100
+
+
+class TestCount:
+    async def test_reads_ones_own_rows_and_no_more(self, explainer: Explainer) -> None:
+        for completed, search in ((None, None), (False, None), (None, "about"), (True, "about")):
+            for user_id, own in ((HEAVY, 10_000), (DORMANT, 200), (LATE, 200), (NOBODY, 0)):
+                await explainer.tasks.count(user_id, completed=completed, search=search)
+                assert explainer.plan.indexes == {"idx_tasks_user_id"}
+                assert explainer.plan.rows_read <= own
+
+
+class TestOneTask:
+    async def test_is_found_by_an_index_alone(self, explainer: Explainer) -> None:
+        task = (await explainer.tasks.list(HEAVY, limit=1)).items[0]
+        foreign = (await explainer.tasks.list(LATE, limit=1)).items[0].id
+        own = task.id
+        tasks = explainer.tasks
+        explainer.plans.clear()
+
+        await tasks.get(HEAVY, own)
+        await tasks.toggle(HEAVY, own)
+        await tasks.update(HEAVY, own, title="x", description=None, completed=True)
+        await tasks.delete(HEAVY, own)
+        for attempt in (
+            tasks.get(HEAVY, foreign),
+            tasks.toggle(HEAVY, foreign),
+            tasks.update(HEAVY, foreign, title="x"),
+            tasks.update(HEAVY, foreign, expected_updated_at=task.updated_at, title="x"),
+            tasks.delete(HEAVY, foreign),
+        ):
+            with pytest.raises(TaskNotFoundError):
+                await attempt
+
+        assert len(explainer.plans) == 9
+        for plan in explainer.plans:
+            assert plan.indexes <= {"pk_tasks", "idx_tasks_user_id"}
+            assert plan.rows_read <= 1
+
+    async def test_is_found_twice_to_compare_and_set_it(self, explainer: Explainer) -> None:
+        task = (await explainer.tasks.list(HEAVY, limit=1)).items[0]
+        await explainer.tasks.update(HEAVY, task.id, expected_updated_at=task.updated_at, title="x")
+        # Once to change it, once to tell stale from missing.
+        assert explainer.plan.indexes <= {"pk_tasks", "idx_tasks_user_id"}
+        assert explainer.plan.rows_read <= 3
+
+
+class TestBulk:
+    @pytest.mark.parametrize("user_id", [HEAVY, DORMANT, LATE])
+    async def test_of_a_hundred_ids_reads_a_hundred_rows_twice(
+        self, explainer: Explainer, user_id: str
+    ) -> None:
+        own = [task.id for task in (await explainer.tasks.list(user_id, limit=100)).items]
+
+        assert await explainer.tasks.update_many(user_id, own, title="x") == 100
+        assert_hundred_read_twice(explainer.plan)
+        assert await explainer.tasks.delete_many(user_id, own) == 100
+        assert_hundred_read_twice(explainer.plan)
+
+    async def test_of_completed_tasks_reads_ones_own_rows_twice(self, explainer: Explainer) -> None:
+        for user_id, own in ((HEAVY, 10_000), (DORMANT, 200), (LATE, 200), (NOBODY, 0)):
+            assert await explainer.tasks.delete_completed(user_id) == own / 4
+            assert explainer.plan.indexes <= {"pk_tasks", "idx_tasks_user_id"}
+            assert explainer.plan.rows_read <= 2 * own
+
+
+def assert_hundred_read_twice(plan: Plan) -> None:
+    """Once to lock them in order, once to change them."""
+    assert plan.indexes <= {"pk_tasks", "idx_tasks_user_id"}
+    assert plan.rows_read <= 200

@@ -1,0 +1,462 @@
+"""What the database itself refuses and does, whoever writes to it and with which SQL."""
+
+import asyncio
+import re
+import secrets
+import string
+from collections.abc import AsyncGenerator
+from datetime import UTC, datetime, timedelta
+
+import asyncpg
+import pytest
+import pytest_asyncio
+from driver import Connection
+
+from todo_db import inputs
+from todo_db.embedded import LOGIN, EmbeddedPostgres
+from todo_db.errors import InvalidInputError
+
+TASK = "INSERT INTO tasks (user_id, title) VALUES ($1, $2) RETURNING id"
+USER = "INSERT INTO users (id, email) VALUES ($1, $2)"
+
+
+@pytest_asyncio.fixture
+async def people(owner: Connection) -> Connection:
+    """The owner's connection, to a database with alice and bob in it."""
+    for name in ("alice", "bob"):
+        await owner.execute(USER, name, f"{name}@example.org")
+    return owner
+
+
+async def connect_as(server: EmbeddedPostgres, database: str, user_id: str) -> Connection:
+    """Connect as the package's transactions are, but for a whole session."""
+    connection = await asyncpg.connect(server.url(user=LOGIN, database=database))
+    await connection.execute("SET ROLE todo_app")
+    await connection.execute("SELECT set_config('todo_db.user_id', $1, false)", user_id)
+    return connection
+
+
+@pytest_asyncio.fixture
+async def alice(
+    todo_postgres: EmbeddedPostgres,
+    todo_database_name: str,
+    people: Connection,  # noqa: ARG001  # she is one of them
+) -> AsyncGenerator[Connection]:
+    """todo_app's connection, as alice."""
+    connection = await connect_as(todo_postgres, todo_database_name, "alice")
+    yield connection
+    await connection.close()
+
+
+async def broken_by(connection: Connection, query: str, *arguments: object) -> str | None:
+    """Return the name of the constraint that refuses a statement."""
+    with pytest.raises(asyncpg.IntegrityConstraintViolationError) as refusal:
+        await connection.execute(query, *arguments)
+    return refusal.value.constraint_name
+
+
+async def denied(connection: Connection, query: str, *arguments: object) -> str:
+    """Return what the server says when the role may not run a statement."""
+    with pytest.raises(asyncpg.InsufficientPrivilegeError) as refusal:
+        await connection.execute(query, *arguments)
+    return str(refusal.value)
+
+
+async def add(connection: Connection, count: int, user_id: str = "alice") -> list[int]:
+    return [await connection.fetchval(TASK, user_id, f"{number}") for number in range(count)]
+
+
+class TestTasks:
+    async def test_without_or_with_a_null_owner_is_refused(self, people: Connection) -> None:
+        for query in (
+            "INSERT INTO tasks (title) VALUES ('x')",
+            "INSERT INTO tasks (user_id, title) VALUES (NULL, 'x')",
+        ):
+            with pytest.raises(asyncpg.NotNullViolationError) as refusal:
+                await people.execute(query)
+            assert refusal.value.column_name == "user_id"
+
+    async def test_of_an_unknown_or_empty_owner_is_refused(self, people: Connection) -> None:
+        for nobody in ("carol", "", "Alice", "alice "):
+            assert await broken_by(people, TASK, nobody, "x") == "fk_tasks_user_id_users"
+
+    async def test_of_another_owner_is_refused_to_the_app_role_as_an_unknown_one(
+        self, alice: Connection
+    ) -> None:
+        unknown = await denied(alice, TASK, "carol", "x")
+        assert "row-level security" in unknown
+        for user_id in ("bob", ""):
+            assert await denied(alice, TASK, user_id, "x") == unknown
+        for query in (
+            "INSERT INTO tasks (title) VALUES ('x')",
+            "INSERT INTO tasks (user_id, title) VALUES (NULL, 'x')",
+        ):
+            assert await denied(alice, query) == unknown
+
+    async def test_title_has_at_most_200_characters(self, people: Connection) -> None:
+        for letter in ("x", "\N{DUCK}"):
+            await people.execute(TASK, "alice", letter * 200)
+            with pytest.raises(asyncpg.StringDataRightTruncationError):
+                await people.execute(TASK, "alice", letter * 201)
+        assert await people.fetchval("SELECT min(char_length(title)) FROM tasks") == 200
+
+    async def test_title_is_not_null(self, people: Connection) -> None:
+        with pytest.raises(asyncpg.NotNullViolationError) as refusal:
+            await people.execute(TASK, "alice", None)
+        assert refusal.value.column_name == "title"
+
+    @pytest.mark.parametrize("role", ["owner", "todo_app"])
+    async def test_blank_title_is_refused(
+        self, people: Connection, alice: Connection, role: str
+    ) -> None:
+        connection = people if role == "owner" else alice
+        blank = [
+            "",
+            " ",
+            "\t\r\n",
+            "\x01",
+            "\u00a0\u200b\u3000",
+            "\u2028\u2029",
+            "\ufeff",
+            "\u00ad",
+        ]
+        for title in blank:
+            assert await broken_by(connection, TASK, "alice", title) == "ck_tasks_title_not_blank"
+        task_id = await connection.fetchval(TASK, "alice", " \u00a0x\u200b ")
+        for title in blank:
+            assert (
+                await broken_by(
+                    connection, "UPDATE tasks SET title = $2 WHERE id = $1", task_id, title
+                )
+                == "ck_tasks_title_not_blank"
+            )
+
+    async def test_no_title_that_the_package_takes_is_blank_to_the_database(
+        self, owner: Connection
+    ) -> None:
+        definition = await owner.fetchval(
+            "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = $1",
+            "ck_tasks_title_not_blank",
+        )
+        visible = re.search(r"'(.*)'", definition)
+        assert visible is not None
+        blank = await owner.fetch(
+            """SELECT chr(point) FROM generate_series(1, 1114111) AS point
+            WHERE point NOT BETWEEN 55296 AND 57343 AND chr(point) !~ $1""",
+            visible[1],
+        )
+        assert len(blank) > 90
+        for (title,) in blank:
+            with pytest.raises(InvalidInputError):
+                inputs.title(title)
+
+    async def test_description_has_at_most_65536_characters(self, people: Connection) -> None:
+        query = "INSERT INTO tasks (user_id, title, description) VALUES ('alice', 'x', $1)"
+        await people.execute(query, "\N{DUCK}" * 65_536)
+        assert await broken_by(people, query, "x" * 65_537) == "ck_tasks_description_length"
+
+    async def test_defaults(self, alice: Connection) -> None:
+        row = await alice.fetchrow(
+            "INSERT INTO tasks (user_id, title) VALUES ('alice', 'x') RETURNING *"
+        )
+        assert row is not None
+        assert (row["description"], row["completed"]) == (None, False)
+
+    async def test_filter_alone_shows_only_the_owners(self, people: Connection) -> None:
+        await people.execute("ALTER TABLE tasks DISABLE ROW LEVEL SECURITY")
+        await add(people, 5, "alice")
+        await add(people, 3, "bob")
+        found = await people.fetch("SELECT user_id FROM tasks WHERE user_id = 'alice'")
+        assert [row["user_id"] for row in found] == ["alice"] * 5
+
+    async def test_row_security_alone_shows_only_the_owners(
+        self, people: Connection, alice: Connection
+    ) -> None:
+        await add(people, 5, "alice")
+        await add(people, 3, "bob")
+        assert [row["user_id"] for row in await alice.fetch("SELECT * FROM tasks")] == ["alice"] * 5
+        assert [row["id"] for row in await alice.fetch("SELECT * FROM users")] == ["alice"]
+        assert await alice.execute("UPDATE tasks SET completed = true") == "UPDATE 5"
+        assert await alice.execute("DELETE FROM tasks") == "DELETE 5"
+        assert await people.fetchval("SELECT count(*) FROM tasks WHERE NOT completed") == 3
+
+
+class TestTaskIds:
+    async def test_deleted_one_is_not_given_out_again(self, alice: Connection) -> None:
+        assert await add(alice, 3) == [1, 2, 3]
+        await alice.execute("DELETE FROM tasks WHERE id = 2")
+        assert await add(alice, 1) == [4]
+
+    async def test_last_one_deleted_is_not_given_out_again(self, alice: Connection) -> None:
+        await add(alice, 3)
+        await alice.execute("DELETE FROM tasks WHERE id = 3")
+        assert await add(alice, 1) == [4]
+
+    async def test_deleted_at_random_are_not_given_out_again(self, alice: Connection) -> None:
+        assert await add(alice, 100) == list(range(1, 101))
+        await alice.execute(
+            "DELETE FROM tasks WHERE id IN (SELECT id FROM tasks ORDER BY random() LIMIT 50)"
+        )
+        assert await alice.fetchval("SELECT count(*) FROM tasks") == 50
+        assert await add(alice, 10) == list(range(101, 111))
+
+    async def test_all_deleted_are_not_given_out_again(self, alice: Connection) -> None:
+        await add(alice, 100)
+        await alice.execute("DELETE FROM tasks")
+        assert await add(alice, 1) == [101]
+
+    async def test_rolled_back_one_leaves_a_gap(self, alice: Connection) -> None:
+        transaction = alice.transaction()
+        await transaction.start()
+        assert await add(alice, 1) == [1]
+        await transaction.rollback()
+        assert await add(alice, 1) == [2]
+
+    async def test_two_users_creating_at_once_never_collide(
+        self, todo_postgres: EmbeddedPostgres, todo_database_name: str, alice: Connection
+    ) -> None:
+        bob = await connect_as(todo_postgres, todo_database_name, "bob")
+        async with asyncio.timeout(30):
+            hers, his = await asyncio.gather(add(alice, 200), add(bob, 200, "bob"))
+        await bob.close()
+        assert sorted(hers + his) == list(range(1, 401))
+        assert hers == sorted(hers)
+        assert his == sorted(his)
+
+    async def test_is_the_databases_to_choose(self, people: Connection) -> None:
+        for query in (
+            "INSERT INTO tasks (id, user_id, title) VALUES (7, 'alice', 'x')",
+            "UPDATE tasks SET id = 7",
+        ):
+            with pytest.raises(asyncpg.GeneratedAlwaysError):
+                await people.execute(query)
+
+    async def test_D2_override_is_denied_to_the_app_role(self, alice: Connection) -> None:
+        await add(alice, 1)
+        for task_id in (1, 2):
+            said = await denied(
+                alice,
+                f"""INSERT INTO tasks (id, user_id, title) OVERRIDING SYSTEM VALUE
+                VALUES ({task_id}, 'alice', 'x')""",
+            )
+            assert said == "permission denied for table tasks"
+        await denied(alice, "SELECT last_value FROM tasks_id_seq")
+        await denied(alice, "SELECT nextval('tasks_id_seq')")
+
+    async def test_A7_restart_is_denied_to_the_app_role(self, alice: Connection) -> None:
+        await denied(alice, "TRUNCATE tasks")
+        await denied(alice, "TRUNCATE tasks RESTART IDENTITY")
+
+
+class TestTimestamps:
+    @pytest.mark.parametrize("table", ["users", "tasks"])
+    async def test_are_the_databases_and_equal_on_creation(
+        self, people: Connection, table: str
+    ) -> None:
+        await add(people, 1)
+        async with people.transaction():
+            before = await people.fetchval("SELECT now()")
+            await people.execute(USER, "carol", "carol@example.org")
+            await people.execute(TASK, "carol", "x")
+            owner_column = {"users": "id", "tasks": "user_id"}[table]
+            row = await people.fetchrow(
+                f"SELECT created_at, updated_at FROM {table} WHERE {owner_column} = 'carol'"
+            )
+        assert row is not None
+        assert row["created_at"] == row["updated_at"] == before
+
+    @pytest.mark.parametrize(
+        ("table", "column"), [("users", "name"), ("users", "email"), ("tasks", "title")]
+    )
+    async def test_updated_at_moves_with_each_update_of_raw_sql(
+        self, people: Connection, table: str, column: str
+    ) -> None:
+        await add(people, 1)
+        moments = [await people.fetchval(f"SELECT min(created_at) FROM {table}")]
+        for number in range(3):
+            update = f"UPDATE {table} SET {column} = id || '{number}' RETURNING updated_at"
+            moments.append(await people.fetchval(update))
+        assert moments == sorted(set(moments))
+        assert await people.fetchval(f"SELECT min(created_at) FROM {table}") == moments[0]
+
+    async def test_updated_at_moves_for_the_app_role(self, alice: Connection) -> None:
+        await add(alice, 1)
+        for table, change in (("tasks", "completed = true"), ("users", "name = 'Alice'")):
+            assert await alice.fetchval(
+                f"UPDATE {table} SET {change} RETURNING updated_at > created_at"
+            )
+
+    async def test_updated_at_moves_twice_in_one_transaction(self, people: Connection) -> None:
+        async with people.transaction():
+            await add(people, 1)
+            moments = [await people.fetchval("SELECT updated_at FROM tasks")]
+            for title in ("y", "z"):
+                update = f"UPDATE tasks SET title = '{title}' RETURNING updated_at"
+                moments.append(await people.fetchval(update))
+        assert moments == sorted(set(moments))
+
+    async def test_updated_at_stays_when_nothing_changes(self, people: Connection) -> None:
+        await add(people, 1)
+        for table, unchanged in (
+            ("tasks", "title = title, completed = completed, description = description"),
+            ("tasks", "updated_at = updated_at"),
+            ("users", "name = name, username = username"),
+        ):
+            assert await people.fetchval(
+                f"UPDATE {table} SET {unchanged} RETURNING updated_at = created_at"
+            )
+
+    async def test_updated_at_is_not_the_callers(self, people: Connection) -> None:
+        await add(people, 1)
+        for table in ("tasks", "users"):
+            for moment in ("2000-01-01", "2100-01-01", "infinity"):
+                row = await people.fetchrow(
+                    f"""UPDATE {table} SET updated_at = '{moment}'
+                    RETURNING updated_at > created_at AS moved, updated_at <= clock_timestamp()
+                    AS past"""
+                )
+                assert row is not None
+                assert row["moved"]
+                assert row["past"]
+
+    async def test_updated_at_grows_when_the_clock_steps_back(self, people: Connection) -> None:
+        await add(people, 1)
+        ahead = datetime.now(UTC) + timedelta(hours=1)
+        for table, column in (("tasks", "title"), ("users", "name")):
+            await people.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
+            await people.execute(f"UPDATE {table} SET updated_at = $1", ahead)
+            await people.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER")
+            for step in (1, 2):
+                update = f"UPDATE {table} SET {column} = '{step}' RETURNING updated_at"
+                assert await people.fetchval(update) == ahead + step * timedelta(microseconds=1)
+
+    async def test_are_denied_to_the_app_role(self, alice: Connection) -> None:
+        await add(alice, 1)
+        for query in (
+            "INSERT INTO tasks (user_id, title, created_at) VALUES ('alice', 'x', now())",
+            "INSERT INTO tasks (user_id, title, updated_at) VALUES ('alice', 'x', now())",
+            "UPDATE tasks SET created_at = now()",
+            "UPDATE tasks SET updated_at = now()",
+            "UPDATE users SET created_at = now()",
+            "UPDATE users SET updated_at = now()",
+        ):
+            assert (await denied(alice, query)).startswith("permission denied for table")
+
+    @pytest.mark.parametrize("column", ["created_at", "updated_at"])
+    async def test_I110_beyond_pythons_years_are_refused(
+        self, people: Connection, column: str
+    ) -> None:
+        for moment in ("infinity", "-infinity", "0044-03-15 BC", "0001-01-01", "10000-01-01"):
+            constraint = await broken_by(
+                people,
+                f"INSERT INTO tasks (user_id, title, {column}) VALUES ('alice', 'x', '{moment}')",
+            )
+            assert constraint == "ck_tasks_timestamps_range"
+            constraint = await broken_by(
+                people,
+                f"INSERT INTO users (id, email, {column}) VALUES ('x', 'x@y', '{moment}')",
+            )
+            assert constraint == "ck_users_timestamps_range"
+        await people.execute(
+            f"""INSERT INTO tasks (user_id, title, {column}) VALUES
+            ('alice', 'x', '0001-01-02 00:00 UTC'), ('alice', 'x', '9999-12-30 23:59:59 UTC')"""
+        )
+        assert len(await people.fetch(f"SELECT {column} FROM tasks")) == 2
+
+
+class TestUsers:
+    async def test_ids_in_the_format_of_better_auth(self, people: Connection) -> None:
+        alphabet = string.ascii_letters + string.digits
+        user_id = "".join(secrets.choice(alphabet) for _ in range(32))
+        await people.execute(USER, user_id, "x@example.org")
+        # Nothing is folded: this is somebody else.
+        await people.execute(USER, user_id.swapcase(), "y@example.org")
+        assert await people.fetchval(TASK, user_id, "x") == 1
+        assert await people.fetchval("SELECT user_id FROM tasks") == user_id
+
+    async def test_I64_id_is_made_when_none_is_given(self, people: Connection) -> None:
+        user_id = await people.fetchval(
+            "INSERT INTO users (email) VALUES ('x@example.org') RETURNING id"
+        )
+        assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", user_id)
+        with pytest.raises(asyncpg.NotNullViolationError):
+            await people.execute(USER, None, "y@example.org")
+
+    async def test_id_has_1_to_255_characters(self, people: Connection) -> None:
+        for refused in ("", "x" * 256):
+            assert await broken_by(people, USER, refused, "x@y") == "ck_users_id_length"
+        await people.execute(USER, "x", "x@example.org")
+        await people.execute(USER, "\N{DUCK}" * 255, "y@example.org")
+
+    async def test_I72_id_is_unique(self, people: Connection) -> None:
+        assert await broken_by(people, USER, "alice", "x@example.org") == "pk_users"
+
+    async def test_I70_email_is_unique(self, people: Connection) -> None:
+        assert await broken_by(people, USER, "carol", "alice@example.org") == "uq_users_email"
+
+    async def test_email_is_required(self, people: Connection) -> None:
+        with pytest.raises(asyncpg.NotNullViolationError) as refusal:
+            await people.execute(USER, "carol", None)
+        assert refusal.value.column_name == "email"
+
+    async def test_I71_email_has_no_upper_case(self, people: Connection) -> None:
+        for email in ("Carol@example.org", "carol@EXAMPLE.org"):
+            assert await broken_by(people, USER, "carol", email) == "ck_users_email_lower"
+        query = "UPDATE users SET email = upper(email)"
+        assert await broken_by(people, query) == "ck_users_email_lower"
+
+    async def test_email_may_have_upper_case_beyond_ascii(self, people: Connection) -> None:
+        await people.execute(USER, "carol", "\N{LATIN CAPITAL LETTER E WITH ACUTE}va@example.org")
+
+    async def test_username_is_unique_and_may_be_absent(self, people: Connection) -> None:
+        await people.execute("UPDATE users SET username = 'first' WHERE id = 'alice'")
+        query = "UPDATE users SET username = 'first' WHERE id = 'bob'"
+        assert await broken_by(people, query) == "uq_users_username"
+        await people.execute(USER, "carol", "carol@example.org")
+        assert await people.fetchval("SELECT count(*) FROM users WHERE username IS NULL") == 2
+
+    async def test_D4_refusal_tells_the_app_role_no_value(self, alice: Connection) -> None:
+        query = "INSERT INTO users (id, email) VALUES ('alice', 'bob@example.org')"
+        with pytest.raises(asyncpg.UniqueViolationError) as refusal:
+            await alice.execute(query)
+        assert refusal.value.detail is None
+        assert "bob@" not in str(refusal.value)
+
+    @pytest.mark.parametrize("role", ["owner", "todo_app"])
+    async def test_S23_deleting_one_deletes_the_tasks(
+        self, people: Connection, alice: Connection, role: str
+    ) -> None:
+        await add(people, 50)
+        await add(people, 1, "bob")
+        connection = people if role == "owner" else alice
+        assert await connection.execute("DELETE FROM users WHERE id = 'alice'") == "DELETE 1"
+        assert [row["user_id"] for row in await people.fetch("SELECT user_id FROM tasks")] == [
+            "bob"
+        ]
+
+
+class TestTransfer:
+    async def test_is_the_owners(self, people: Connection) -> None:
+        await add(people, 2)
+        assert await people.execute("UPDATE tasks SET user_id = 'bob' WHERE id = 1") == "UPDATE 1"
+        owners = await people.fetch(
+            "SELECT user_id, updated_at > created_at AS moved FROM tasks ORDER BY id"
+        )
+        assert [tuple(row) for row in owners] == [("bob", True), ("alice", False)]
+
+    async def test_to_an_unknown_user_is_refused(self, people: Connection) -> None:
+        await add(people, 1)
+        query = "UPDATE tasks SET user_id = 'carol'"
+        assert await broken_by(people, query) == "fk_tasks_user_id_users"
+
+    async def test_is_denied_to_the_app_role(self, alice: Connection) -> None:
+        await add(alice, 1)
+        said = await denied(alice, "UPDATE tasks SET user_id = 'bob'")
+        assert said == "permission denied for table tasks"
+
+    async def test_B6_is_denied_by_the_policy_alone(
+        self, people: Connection, alice: Connection
+    ) -> None:
+        await add(alice, 1)
+        await people.execute("GRANT UPDATE (user_id) ON tasks TO todo_app")
+        assert "row-level security" in await denied(alice, "UPDATE tasks SET user_id = 'bob'")

@@ -1,0 +1,270 @@
+"""What the repositories send, read as text: no database is asked but in the last class."""
+
+import inspect
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from itertools import product
+from typing import Final, NoReturn, cast
+
+import pytest
+from driver import Connection
+from shapes import SHAPES, TASK_CHANGES, USER_CHANGES, parameters
+from sqlalchemy import ColumnElement, Executable, Select, bindparam, insert, select
+
+from todo_db import NewTask, TaskRepository, TaskSort, UserRepository
+from todo_db.models import Task
+from todo_db.pagination import Position, encode
+from todo_db.repositories import Call, Statement
+
+_OWNER_COLUMN: Final = {"tasks": "user_id", "users": "id"}
+_TABLE: Final = re.compile(r"\b(tasks|users)\b(?!\.)")
+_CLAUSES: Final = re.compile(r"\b(?:ORDER BY|RETURNING|LIMIT|FOR UPDATE|GROUP BY|ON CONFLICT)\b")
+_INSERT: Final = re.compile(
+    r"INSERT INTO (?P<table>tasks|users) \((?P<columns>[^)]*)\) "
+    r"(?:VALUES \((?P<values>[^)]*)\)|SELECT (?P<selected>.*?)\s+FROM)",
+    re.DOTALL,
+)
+# The only literals of the whole package: LIKE's escape, and rows that are merely counted.
+_LITERALS: Final = (r"ESCAPE '\'", "RETURNING 1")
+_INSERTABLE: Final = {
+    "tasks": {"user_id", "title", "description", "completed"},
+    "users": {"id", "email", "username", "name", "image"},
+}
+_WIRE_TYPES: Final = {"text", "varchar", "int8", "int4", "bool", "timestamptz", "text[]"}
+
+_MARK: Final = "mark-in-every-value"
+_CHANGES: Final[dict[str, object]] = {"title": _MARK, "description": _MARK, "completed": True}
+_MOMENT: Final = datetime(2026, 11, 21, tzinfo=UTC)
+
+shapes = pytest.mark.parametrize("statement", SHAPES.values(), ids=SHAPES.keys())
+
+
+def _queries(sql: str) -> Iterator[str]:
+    """Yield each query of the text by itself, without what it nests in parentheses."""
+    nested = [""]
+    for char in sql:
+        if char == "(":
+            nested.append("")
+        elif char == ")":
+            yield from nested.pop().split("UNION ALL")
+            nested[-1] += "()"
+        else:
+            nested[-1] += char
+    yield from nested.pop().split("UNION ALL")
+
+
+def _conditions(query: str) -> list[str]:
+    """Return what must all be true of a row, and nothing if one of several would do."""
+    where = _CLAUSES.split(query.partition("WHERE")[2])[0]
+    return [] if " OR " in where else [part.strip() for part in where.split(" AND ")]
+
+
+def unscoped(statement: Statement) -> list[str]:
+    """Return the tables that a statement reads or writes without regard to its owner."""
+    owner = f"${parameters(statement).index('user_id') + 1}::VARCHAR"
+    inserted = [match.group("table") for match in _INSERT.finditer(statement.sql)]
+    missed = [
+        match.group("table")
+        for match in _INSERT.finditer(statement.sql)
+        if owner not in _inserted(match)[_OWNER_COLUMN[match.group("table")]]
+    ]
+    for query in _queries(statement.sql):
+        for table in _TABLE.findall(query):
+            if f"INSERT INTO {table} ()" in query and table in inserted:
+                continue
+            if f"{table}.{_OWNER_COLUMN[table]} = {owner}" not in _conditions(query):
+                missed.append(table)
+    return missed
+
+
+def _inserted(match: re.Match[str]) -> dict[str, str]:
+    values = (match.group("values") or match.group("selected")).split(", ")
+    return dict(zip(match.group("columns").split(", "), values, strict=True))
+
+
+class TestStatement:
+    @shapes
+    def test_binds_its_owner(self, statement: Statement) -> None:
+        assert parameters(statement).count("user_id") == 1
+
+    @shapes
+    def test_names_its_owner_wherever_it_names_a_table(self, statement: Statement) -> None:
+        assert _TABLE.search(statement.sql)
+        assert unscoped(statement) == []
+
+    @shapes
+    def test_has_no_value_in_its_text(self, statement: Statement) -> None:
+        text = statement.sql
+        for literal_ in _LITERALS:
+            text = text.replace(literal_, "")
+        assert "'" not in text
+        assert re.findall(r"(?<![$\w])\d+", text) == []
+
+    @shapes
+    def test_binds_no_array_but_of_text(self, statement: Statement) -> None:
+        assert set(re.findall(r"\$\d+::([A-Z ]+)\[\]", statement.sql)) <= {"TEXT"}
+
+    @shapes
+    def test_lists_its_columns(self, statement: Statement) -> None:
+        assert "*" not in statement.sql.replace("count(*)", "")
+        inserts = list(_INSERT.finditer(statement.sql))
+        assert len(inserts) == statement.sql.count("INSERT")
+        for match in inserts:
+            assert set(match.group("columns").split(", ")) <= _INSERTABLE[match.group("table")]
+
+
+def _task(*where: ColumnElement[bool]) -> Select[int]:
+    return select(Task.id).where(*where)
+
+
+class TestForgottenOwner:
+    def test_statement_that_does_not_bind_it_is_refused(self) -> None:
+        statement = Statement(lambda _owner: _task(Task.id == bindparam("task_id")))
+        with pytest.raises(AssertionError, match="owner"):
+            _ = statement.sql
+
+    @pytest.mark.parametrize(
+        "build",
+        [
+            lambda owner: select(Task.id, owner),
+            lambda owner: _task(Task.title == owner),
+            lambda owner: _task((Task.user_id == owner) | (Task.completed == owner)),
+            lambda owner: _task(Task.user_id >= owner),
+            lambda owner: _task(Task.user_id == owner).union_all(_task()),
+            lambda owner: _task(Task.id.in_(select(Task.id).where(Task.user_id == owner))),
+            lambda owner: _task(Task.user_id == owner, select(Task.id).correlate(None).exists()),
+            lambda owner: insert(Task).values(user_id=bindparam("other"), title=owner),
+        ],
+        ids=[
+            "selected only",
+            "another column",
+            "one of two",
+            "not equal",
+            "half of a union",
+            "inside only",
+            "outside only",
+            "inserted elsewhere",
+        ],
+    )
+    def test_statement_that_binds_it_in_vain_is_found(
+        self, build: Callable[[ColumnElement[str]], Executable]
+    ) -> None:
+        assert unscoped(Statement(build)) != []
+
+
+class _SentError(Exception):
+    """Ends a call where it would be sent."""
+
+
+class _Recorder:
+    """An executor that keeps the calls of a repository."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Call[object]]] = []
+
+    async def perform[T](self, user_id: str, call: Call[T]) -> NoReturn:
+        self.calls.append((user_id, cast("Call[object]", call)))
+        raise _SentError
+
+
+async def _first[T](items: AsyncIterator[T]) -> T:
+    return await anext(items)
+
+
+def _lists(tasks: TaskRepository) -> Iterator[tuple[str, Awaitable[object]]]:
+    keys: dict[TaskSort, str | datetime] = {
+        TaskSort.RECENTLY_UPDATED: _MOMENT,
+        TaskSort.TITLE: _MARK,
+    }
+    for sort, completed, search in product(TaskSort, (None, True), (None, _MARK)):
+        pattern = None if search is None else f"%{search}%"
+        cursor = encode(sort, (completed, pattern), Position(keys.get(sort), 1))
+        for after in (None, cursor):
+            yield (
+                "list",
+                tasks.list("alice", sort=sort, completed=completed, search=search, cursor=after),
+            )
+        yield "iterate", _first(tasks.iterate("alice", sort=sort))
+        yield "count", tasks.count("alice", completed=completed, search=search)
+
+
+def _task_calls(tasks: TaskRepository) -> Iterator[tuple[str, Awaitable[object]]]:
+    yield from _lists(tasks)
+    yield "create", tasks.create("alice", _MARK, description=_MARK)
+    yield "create_many", tasks.create_many("alice", [NewTask(_MARK, _MARK)])
+    yield "get", tasks.get("alice", 1)
+    yield "toggle", tasks.toggle("alice", 1)
+    yield "delete", tasks.delete("alice", 1)
+    yield "delete_many", tasks.delete_many("alice", [1])
+    yield "delete_completed", tasks.delete_completed("alice")
+    yield "update", tasks.update("alice", 1)
+    yield "update", tasks.update("alice", 1, expected_updated_at=_MOMENT)
+    for columns in TASK_CHANGES:
+        changes = {name: _CHANGES[name] for name in columns}
+        yield "update", tasks.update("alice", 1, **changes)  # type: ignore[arg-type]
+        yield (
+            "update",
+            tasks.update("alice", 1, expected_updated_at=_MOMENT, **changes),  # type: ignore[arg-type]
+        )
+        yield "update_many", tasks.update_many("alice", [1], **changes)  # type: ignore[arg-type]
+
+
+def _user_calls(users: UserRepository) -> Iterator[tuple[str, Awaitable[object]]]:
+    yield "create", users.create("alice", email=f"{_MARK}@example.org", name=_MARK)
+    yield "ensure", users.ensure("alice", email=f"{_MARK}@example.org", name=_MARK)
+    yield "get", users.get("alice")
+    yield "delete", users.delete("alice")
+    yield "update", users.update("alice")
+    for columns in USER_CHANGES:
+        yield "update", users.update("alice", **dict.fromkeys(columns, _MARK))
+
+
+def _methods(repository: type) -> set[str]:
+    return {
+        name
+        for name, _ in inspect.getmembers(repository, inspect.isfunction)
+        if not name.startswith("_")
+    }
+
+
+async def _sent() -> list[tuple[str, Call[object]]]:
+    """Call every method in every shape, and return what each would have run."""
+    recorder = _Recorder()
+    for repository, calls in (
+        (TaskRepository, _task_calls(TaskRepository(recorder))),
+        (UserRepository, _user_calls(UserRepository(recorder))),
+    ):
+        called = set()
+        for method, call in calls:
+            called.add(method)
+            with suppress(_SentError):
+                await call
+        assert called == _methods(repository)
+    return recorder.calls
+
+
+class TestRepositories:
+    async def test_send_these_statements_and_no_others(self) -> None:
+        sent = {call.statement.sql for _, call in await _sent()}
+        assert sent == {statement.sql for statement in SHAPES.values()}
+
+    async def test_give_every_parameter_its_value(self) -> None:
+        for user_id, call in await _sent():
+            assert user_id == "alice"
+            assert {*call.values, "user_id"} == set(parameters(call.statement))
+
+    async def test_send_values_apart_from_the_text(self) -> None:
+        for _, call in await _sent():
+            assert _MARK not in call.statement.sql
+
+
+class TestPostgreSQL:
+    async def test_takes_every_statement_with_types_the_driver_knows(
+        self, owner: Connection
+    ) -> None:
+        for name, statement in SHAPES.items():
+            prepared = await owner.prepare(statement.sql)
+            types = {parameter.name for parameter in prepared.get_parameters()}
+            assert types <= _WIRE_TYPES, name
