@@ -9,6 +9,7 @@ from typing import Any, Final, Self
 
 import stamina
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from todo_db import inputs
 from todo_db.engine import Pool
@@ -21,6 +22,7 @@ from todo_db.errors import (
     SchemaError,
     TodoDBError,
     UnavailableError,
+    translated,
 )
 from todo_db.models import REVISION
 from todo_db.records import Health
@@ -171,8 +173,17 @@ class Database:
         await self._ready()
 
         async def once() -> T:
-            async with Unit(self._pool, self._context, user_id, read_only=read_only) as tx:
-                return await work(tx)
+            try:
+                async with Unit(self._pool, self._context, user_id, read_only=read_only) as tx:
+                    return await work(tx)
+            except DBAPIError as error:
+                # A statement of the caller's own lost a race, or its connection.
+                failure = translated(error)
+                if error.connection_invalidated:
+                    failure = UnavailableError("the connection was lost", transient=True)
+                if not _is_transient(failure):
+                    raise
+            raise failure
 
         return await self._retried(once, repeatable=False)
 
@@ -243,7 +254,7 @@ class Database:
         def again(error: Exception) -> bool:
             if isinstance(error, OutcomeUnknownError):
                 return repeatable
-            return isinstance(error, UnavailableError) and error.transient
+            return _is_transient(error)
 
         try:
             return await once()
@@ -261,3 +272,7 @@ class Database:
             with attempt:
                 return await once()
         raise AssertionError  # pragma: no cover  # the last attempt returns or raises
+
+
+def _is_transient(error: Exception) -> bool:
+    return isinstance(error, UnavailableError) and error.transient

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, cast
 
 from sqlalchemy import Executable, Result, TextClause
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.schema import ExecutableDDLElement
 
 from todo_db.engine import Lease, Pool
 from todo_db.errors import (
@@ -30,9 +31,12 @@ ROLE: Final = "todo_app"
 NOBODY: Final = ""
 """The user id of the package's own transactions: no row belongs to it."""
 
-# SQL of a caller's that would end the transaction, and with it the role and the user id.
+# SQL of a caller's that would end the transaction, and with it the role and the user id, or
+# change what the connection keeps for its next user. Blanks, comments and empty statements may
+# stand before it.
 _CONTROL: Final = re.compile(
-    r"\s*(abort|begin|commit|end|prepare\s+transaction|release|reset|rollback|savepoint|set|start)\b",
+    r"(?>\s+|;|--[^\n]*|/\*(?s:.*?)\*/)*+(abort|begin|commit|deallocate|discard|end|listen|load|"
+    r"prepare|release|reset|rollback|savepoint|set|start)\b",
     re.IGNORECASE,
 )
 
@@ -117,14 +121,14 @@ class Transaction:
         are SQLAlchemy's.
 
         Raises:
-            TransactionError: The text would end the transaction or change its context.
+            TransactionError: It would end the transaction or change its context, or is DDL.
             TransactionDoomedError: An earlier statement failed.
             ConcurrentUseError: Another task uses this transaction right now.
         """
-        if isinstance(statement, TextClause) and _CONTROL.match(statement.text):
-            raise TransactionError(
-                "begin, end and settings of a transaction are not the statement's business"
-            )
+        if isinstance(statement, ExecutableDDLElement) or (
+            isinstance(statement, TextClause) and _CONTROL.match(statement.text)
+        ):
+            raise TransactionError("a statement may neither end nor change its transaction")
         self._enter()
         try:
             if self._sqlalchemy is None:
