@@ -13,7 +13,7 @@ from todo_db.repositories import Statement, tasks, users
 _FLAGS: Final = (False, True)
 _OWNER: Final = re.compile(r"\b(?:tasks\.user_id|users\.id) = (\$\d+::VARCHAR)")
 _OWNER_IN_KEY: Final = re.compile(
-    r"\(tasks\.user_id, tasks\.id\) ([<>]) \(\$\d+::VARCHAR, ([^)]*)\)"
+    r"\(tasks\.user_id, tasks\.id\) ([<>]) \(\(SELECT \$\d+::VARCHAR AS anon_1\), ([^)]*)\)"
 )
 
 

@@ -308,22 +308,6 @@ class TestUpgradesAtOnce:
                 assert await read(url) == catalogue.EXPECTED
             await cluster.clear()
 
-    @pytest.mark.parametrize("step", ["CREATE ROLE todo_app NOLOGIN", "GRANT todo_app TO {}"])
-    async def test_of_another_database_that_is_half_way(
-        self, cluster: Cluster, empty: str, step: str
-    ) -> None:
-        await upgrade(empty, "0001")
-        async with connected(cluster.url(OWNER, "postgres")) as other:
-            if "GRANT" in step:
-                await other.execute("CREATE ROLE todo_app NOLOGIN")
-            async with other.transaction():
-                await other.execute(step.format(OWNER))
-                upgrading = asyncio.create_task(upgrade(empty))
-                await arrived(other)
-            async with asyncio.timeout(30):
-                await upgrading
-        assert await read(empty) == catalogue.EXPECTED
-
     async def test_of_two_databases_by_one_process(
         self, cluster: Cluster, deploys: tuple[Deploy, Deploy]
     ) -> None:
@@ -484,4 +468,20 @@ class TestOwners:
                 assert await stranger.fetchval("SELECT to_regclass('users')") is None
             await execute(cluster.url(OWNER, "postgres"), remedy[0])
         await upgrade(url)
+        assert await read(url) == catalogue.EXPECTED
+
+    @pytest.mark.parametrize("step", ["CREATE ROLE todo_app NOLOGIN", "GRANT todo_app TO {}"])
+    async def test_waits_for_another_database_that_is_half_way(
+        self, cluster: Cluster, step: str
+    ) -> None:
+        url = await cluster.create_database("todo")
+        async with connected(cluster.url(OWNER, "postgres")) as other:
+            if "GRANT" in step:
+                await other.execute("CREATE ROLE todo_app NOLOGIN")
+            async with other.transaction():
+                await other.execute(step.format(OWNER))
+                upgrading = asyncio.create_task(upgrade(url))
+                await arrived(other)
+            async with asyncio.timeout(30):
+                await upgrading
         assert await read(url) == catalogue.EXPECTED

@@ -142,7 +142,8 @@ class TaskRepository:
     ) -> Page[TaskRecord]:
         """Return one page of tasks.
 
-        One SELECT; takes no lock. Deep pages cost what the first one costs.
+        One SELECT; takes no lock. Nobody else's rows are looked at, however deep the page; it
+        passes over the user's own before it in the index.
 
         Args:
             user_id: Whose tasks.
@@ -357,7 +358,7 @@ def _position(sort: TaskSort, task: TaskRecord) -> Position:
             return Position(None, task.id)
         case TaskSort.RECENTLY_UPDATED:
             return Position(task.updated_at, task.id)
-        case TaskSort.TITLE:
+        case TaskSort.TITLE:  # pragma: no branch  # mypy holds the match to be exhaustive
             return Position(task.title, task.id)
 
 
@@ -422,6 +423,7 @@ def _page_statement(
     after: bool,
 ) -> Statement:
     def build(owner: ColumnElement[str]) -> Executable:
+        first = select(owner).scalar_subquery()
         page = (
             select(*_COLUMNS)
             .where(Task.user_id == owner, *_narrowed(completed, search))
@@ -429,21 +431,23 @@ def _page_statement(
         )
         match sort:
             # The owner is in the key and in the order, so that the planner cannot prefer to
-            # walk the primary key past everybody else's rows.
+            # walk the primary key past everybody else's rows; as a sub-select, because of a
+            # constant its place among all ids would be taken for the share of the rows
+            # (docs/decisions/0002-keyset-by-owner.md).
             case TaskSort.NEWEST:
                 return page.where(
-                    tuple_(Task.user_id, Task.id) < tuple_(owner, _AFTER_ID)
+                    tuple_(Task.user_id, Task.id) < tuple_(first, _AFTER_ID)
                 ).order_by(Task.user_id.desc(), Task.id.desc())
             case TaskSort.OLDEST:
                 return page.where(
-                    tuple_(Task.user_id, Task.id) > tuple_(owner, _AFTER_ID)
+                    tuple_(Task.user_id, Task.id) > tuple_(first, _AFTER_ID)
                 ).order_by(Task.user_id, Task.id)
             case TaskSort.RECENTLY_UPDATED:
                 key = bindparam("after_key", type_=DateTime(timezone=True))
                 if after:
                     page = page.where(tuple_(Task.updated_at, Task.id) < tuple_(key, _AFTER_ID))
                 return page.order_by(Task.updated_at.desc(), Task.id.desc())
-            case TaskSort.TITLE:
+            case TaskSort.TITLE:  # pragma: no branch  # mypy holds the match to be exhaustive
                 title = bindparam("after_key", type_=Text())
                 if after:
                     page = page.where(tuple_(_TITLE, Task.id) > tuple_(title, _AFTER_ID))
