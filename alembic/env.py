@@ -34,6 +34,8 @@ def _run(connection: Connection | None) -> None:
         dialect_name="postgresql",
         target_metadata=Base.metadata,
         literal_binds=connection is None,
+        # Or an offline script would double every percent sign.
+        dialect_opts={"paramstyle": "named"},
         process_revision_directives=_number,
         compare_type=True,
         compare_server_default=True,

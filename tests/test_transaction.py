@@ -662,6 +662,9 @@ class TestExecute:
             async with db.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 with pytest.raises(DBAPIError):
+                    async with tx.savepoint():
+                        await tx.execute(text("/* never closed"))
+                with pytest.raises(DBAPIError):
                     await tx.execute(insert(Task).values(user_id="bob", title="not bob's"))
                 with pytest.raises(TransactionDoomedError):
                     await tx.tasks.count("alice")

@@ -1,7 +1,9 @@
 """The schema: where Alembic's scripts are, and how they are run."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Final
 
 from alembic import command
@@ -18,6 +20,9 @@ LOCK_SQL: Final = (
     # Behind a long transaction, rather give up than make everybody queue behind us.
     "SET LOCAL lock_timeout = '5s'",
 )
+
+# Alembic keeps what it is doing in module globals.
+_one_at_a_time: Final = Lock()
 
 _PACKAGE: Final = Path(__file__).resolve().parent
 
@@ -37,6 +42,7 @@ def alembic_config(url: str | None = None) -> Config:
     config = Config()
     config.set_main_option("script_location", str(script_directory()).replace("%", "%%"))
     config.set_main_option("file_template", "%%(rev)s_%%(slug)s")
+    config.set_main_option("revision_environment", "true")
     config.attributes["url"] = url
     return config
 
@@ -61,9 +67,14 @@ async def upgrade(url: str, revision: str = "head") -> None:
 
     One transaction, behind a lock. Errors of the database are SQLAlchemy's.
     """
-    await asyncio.to_thread(command.upgrade, alembic_config(url), revision)
+    await asyncio.to_thread(_run, command.upgrade, url, revision)
 
 
 async def downgrade(url: str, revision: str) -> None:
     """Migrate a database down to a revision, such as `-1` or `base`; rows are lost."""
-    await asyncio.to_thread(command.downgrade, alembic_config(url), revision)
+    await asyncio.to_thread(_run, command.downgrade, url, revision)
+
+
+def _run(run: Callable[[Config, str], None], url: str, revision: str) -> None:
+    with _one_at_a_time:
+        run(alembic_config(url), revision)

@@ -12,7 +12,9 @@ depends_on: str | None = None
 _CREATE_ROLE = """
     DO $$
     BEGIN
-        CREATE ROLE todo_app NOLOGIN;
+        IF to_regrole('todo_app') IS NULL THEN
+            CREATE ROLE todo_app NOLOGIN;
+        END IF;
     EXCEPTION WHEN duplicate_object OR unique_violation THEN
         NULL;
     END
@@ -30,7 +32,7 @@ _GRANT_ROLE = """
             RETURN;
         END IF;
         IF modern THEN
-            GRANT todo_app TO CURRENT_USER WITH INHERIT FALSE, SET TRUE;
+            EXECUTE 'GRANT todo_app TO CURRENT_USER WITH INHERIT FALSE, SET TRUE';
         ELSE
             GRANT todo_app TO CURRENT_USER;
         END IF;

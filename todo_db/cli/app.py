@@ -52,6 +52,10 @@ def _told() -> Generator[None]:
     except (TodoDBError, SQLAlchemyError, OSError) as error:
         failure = translated(error)
         line = f"{type(failure).__name__}: {failure}"
+        # A migration that may not grant its role says there who can.
+        cause = getattr(error, "orig", None)
+        if hint := getattr(getattr(cause, "__cause__", None), "hint", None):
+            line = f"{line}\n{hint}"
     else:
         return
     _messages.print(line, style="bold red", markup=False)
