@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, Final, Self
 
 import stamina
-from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from todo_db import inputs
@@ -31,7 +30,7 @@ from todo_db.settings import Settings
 from todo_db.transaction import NOBODY, Context, Transaction, Unit
 
 # Asked as the role that every transaction runs as, about the two tables and itself.
-_ISOLATION: Final = text("""
+_ISOLATION: Final = """
     SELECT
         count(*) FILTER (WHERE c.oid IS NULL) AS missing,
         count(*) FILTER (WHERE NOT row_security_active(c.oid)) AS unfenced,
@@ -42,11 +41,11 @@ _ISOLATION: Final = text("""
         coalesce(has_table_privilege(to_regclass('alembic_version'), 'SELECT'), false) AS migrated
     FROM unnest(ARRAY['users', 'tasks']) AS name
     LEFT JOIN pg_class c ON c.oid = to_regclass('public.' || name)
-""")
-_STATE: Final = text("""
+"""
+_STATE: Final = """
     SELECT current_setting('server_version') AS server_version, max(version_num) AS revision
     FROM alembic_version
-""")
+"""
 
 
 class Database:
@@ -93,7 +92,12 @@ class Database:
         async with self._opening:
             if self._loop is not None:
                 return
-            await self._retried(self._check, repeatable=True)
+            try:
+                await self._retried(self._check, repeatable=True)
+            except BaseException:
+                # Nobody will close what was not opened.
+                await self._pool.close()
+                raise
             self._loop = asyncio.get_running_loop()
             self._closed = False
 
@@ -194,19 +198,19 @@ class Database:
                 await self._ready()
                 begun = time.perf_counter()
                 async with Unit(self._pool, self._context, NOBODY, read_only=True) as tx:
-                    found = (await tx.execute(_STATE)).one()
+                    server_version, revision = await tx.ask(_STATE)
         except TimeoutError:
             problem = CallTimeoutError.__name__
         except TodoDBError as error:
             problem = type(error).__name__
         else:
             latency = time.perf_counter() - begun
-            is_current = bool(found.revision >= REVISION)
+            is_current = revision is not None and revision >= REVISION
             return Health(
                 ok=is_current,
                 latency_seconds=latency,
-                server_version=str(found.server_version).split()[0],
-                revision=str(found.revision),
+                server_version=server_version.split()[0],
+                revision=revision,
                 is_current=is_current,
                 pool=self._pool.status,
                 problem=None if is_current else SchemaError.__name__,
@@ -234,14 +238,15 @@ class Database:
 
     async def _check(self) -> None:
         async with Unit(self._pool, self._context, NOBODY, read_only=True) as tx:
-            found = (await tx.execute(_ISOLATION)).one()
-            if found.missing or not found.migrated:
+            missing, *weaknesses, migrated = await tx.ask(_ISOLATION)
+            if missing or not migrated:
                 raise SchemaError
-            if found.unfenced or found.unforced or found.owned or found.bypassing:
+            if any(weaknesses):
                 raise IsolationError(
                     "the role of the transactions is not bound by row-level security"
                 )
-            if (await tx.execute(_STATE)).one().revision < REVISION:
+            _, revision = await tx.ask(_STATE)
+            if revision is None or revision < REVISION:
                 raise SchemaError
 
     async def _retried[T](self, once: Callable[[], Awaitable[T]], *, repeatable: bool) -> T:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from pathlib import Path
 from typing import Any, Final, cast
 
 import asyncpg
@@ -12,7 +13,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import greenlet_spawn
 
-from todo_db.errors import ConfigurationError, PoolExhaustedError, TodoDBError, translated
+from todo_db.errors import (
+    ConfigurationError,
+    PoolExhaustedError,
+    TodoDBError,
+    UnavailableError,
+    translated,
+)
 from todo_db.records import PoolStatus
 from todo_db.settings import Settings
 
@@ -210,7 +217,7 @@ class Pool:
             # SQLAlchemy asks its questions about the server on the first one.
             fairy = await greenlet_spawn(self._engine.sync_engine.pool.connect)
         except Exception as error:  # noqa: BLE001  # raised again, as ours
-            failure = _connect_failure(error)
+            failure = _connect_failure(error, self._engine.url)
         else:
             return Lease(self._engine, fairy)
         raise failure
@@ -245,7 +252,11 @@ def _connect_args(settings: Settings) -> dict[str, Any]:
     return arguments
 
 
-def _connect_failure(error: BaseException) -> TodoDBError:
-    if isinstance(error, FileNotFoundError):
+def _connect_failure(error: BaseException, url: URL) -> TodoDBError:
+    # While a server restarts, its socket is gone and the folder is not.
+    folder = url.query.get("host")
+    if isinstance(error, FileNotFoundError) and not Path(str(folder)).is_dir():
         return ConfigurationError("the socket folder of the URL does not exist")
+    if isinstance(error, TimeoutError):
+        return UnavailableError("the database did not answer in time", transient=True)
     return translated(error)

@@ -32,13 +32,16 @@ NOBODY: Final = ""
 """The user id of the package's own transactions: no row belongs to it."""
 
 # SQL of a caller's that would end the transaction, and with it the role and the user id, or
-# change what the connection keeps for its next user. Blanks, comments and empty statements may
-# stand before it.
+# change what the connection keeps for its next user.
 _CONTROL: Final = re.compile(
-    r"(?>\s+|;|--[^\n]*|/\*(?s:.*?)\*/)*+(abort|begin|commit|deallocate|discard|end|listen|load|"
+    r"(abort|begin|commit|deallocate|discard|end|listen|load|"
     r"prepare|release|reset|rollback|savepoint|set|start)\b",
     re.IGNORECASE,
 )
+
+# What may stand before it, besides comments, which nest.
+_BLANK: Final = re.compile(r"(?:\s|;|--[^\r\n]*)*")
+_COMMENT_MARK: Final = re.compile(r"/\*|\*/")
 
 _logger: Final = logging.getLogger("todo_db")
 
@@ -106,9 +109,9 @@ class Transaction:
         if user_id != self.user_id:
             raise IsolationError("the transaction belongs to another user")
         if not call.may_fail:
-            return call.result(await self._fetch(call, user_id))
+            return call.result(await self._run(call, user_id))
         async with self.savepoint():
-            rows = await self._fetch(call, user_id)
+            rows = await self._run(call, user_id)
         return call.result(rows)
 
     async def execute(
@@ -126,7 +129,7 @@ class Transaction:
             ConcurrentUseError: Another task uses this transaction right now.
         """
         if isinstance(statement, ExecutableDDLElement) or (
-            isinstance(statement, TextClause) and _CONTROL.match(statement.text)
+            isinstance(statement, TextClause) and _CONTROL.match(_uncommented(statement.text))
         ):
             raise TransactionError("a statement may neither end nor change its transaction")
         self._enter()
@@ -164,13 +167,18 @@ class Transaction:
             raise
         await self._control(f"RELEASE SAVEPOINT {name}")
 
-    async def _fetch(self, call: Call[Any], user_id: str) -> Sequence[Row]:
+    async def ask(self, sql: str) -> Row:
+        """Return the one row of a statement of the package's own, which names no user."""
+        return (await self._fetch(sql))[0]
+
+    async def _run(self, call: Call[Any], user_id: str) -> Sequence[Row]:
         statement = call.statement
+        return await self._fetch(statement.sql, *statement.arguments(user_id, call.values))
+
+    async def _fetch(self, sql: str, *arguments: object) -> Sequence[Row]:
         self._enter()
         try:
-            return await self._driver.fetch(
-                statement.sql, *statement.arguments(user_id, call.values)
-            )
+            return await self._driver.fetch(sql, *arguments)
         except Exception as error:  # noqa: BLE001  # raised again, as ours
             failure = self._failed(error)
         except BaseException:
@@ -346,6 +354,21 @@ class Unit:
             )
         finally:
             await self._pool.release(self._lease)
+
+
+def _uncommented(sql: str) -> str:
+    """Return the text from its first word on."""
+    sql = _BLANK.sub("", sql, count=1)
+    while sql.startswith("/*"):
+        depth = 0
+        for mark in _COMMENT_MARK.finditer(sql):
+            depth += 1 if mark[0] == "/*" else -1
+            if not depth:
+                sql = _BLANK.sub("", sql[mark.end() :], count=1)
+                break
+        else:
+            return ""
+    return sql
 
 
 def _begin_failure(error: Exception) -> TodoDBError:
