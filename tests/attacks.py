@@ -11,10 +11,10 @@ from typing import Final, Protocol
 
 import asyncpg
 import pytest
+from asyncpg import PostgresError
 from asyncpg.connection import LoggedQuery
 from driver import Connection
 from sqlalchemy import CursorResult, text
-from sqlalchemy.exc import DBAPIError
 
 from todo_db import (
     ConflictError,
@@ -263,11 +263,12 @@ async def count(tx: Transaction, sql: str) -> int:
 
 
 async def refusal(tx: Transaction, sql: str) -> str:
-    """Return the SQLSTATE with which the database refuses a statement."""
-    with pytest.raises(DBAPIError) as caught:
-        async with tx.savepoint():
-            await tx.execute(text(sql))
-    return str(getattr(caught.value.orig, "sqlstate", None))
+    """Return the SQLSTATE with which the database itself refuses a statement."""
+    with pytest.raises(PostgresError) as caught:
+        await tx._driver.execute("SAVEPOINT attack")
+        await tx._driver.execute(sql)
+    await tx._driver.execute("ROLLBACK TO SAVEPOINT attack")
+    return str(caught.value.sqlstate)
 
 
 def begin(user_id: str) -> str:

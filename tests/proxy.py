@@ -24,7 +24,7 @@ COMMIT: Final = b"Q\x00\x00\x00\x0bCOMMIT\x00"
 ROLLBACK: Final = b"Q\x00\x00\x00\rROLLBACK\x00"
 STARTUP: Final = b"application_name\x00todo_db"
 _SOCKET: Final = ".s.PGSQL.5432"
-_GOODBYE: Final = b"X\x00\x00\x00\x04"
+GOODBYE: Final = b"X\x00\x00\x00\x04"
 
 
 class Fault(Enum):
@@ -181,7 +181,7 @@ class Proxy:
             link.answered = True
             return
         self.sent += piece
-        if link.answered and piece != _GOODBYE:
+        if link.answered and piece != GOODBYE:
             self.round_trips += 1
             link.answered = False
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 from todo_db import Database, cli
 from todo_db.cli import app, demo
 from todo_db.embedded import OWNER, EmbeddedPostgres
-from todo_db.errors import UnavailableError
+from todo_db.errors import TaskNotFoundError, UnavailableError
 from todo_db.models import REVISION
 
 MARKER = "hunter2"
@@ -66,6 +66,10 @@ class TestDemo:
         assert "it did not hold: DisprovedError" in result.output
         assert "Not all of it held" in result.output
 
+    async def test_is_disproved_by_what_should_be_refused(self) -> None:
+        with pytest.raises(demo.DisprovedError):
+            await demo.refusal(asyncio.sleep(0), TaskNotFoundError)
+
 
 class TestMigrate:
     @pytest.mark.usefixtures("set_url")
@@ -96,6 +100,17 @@ class TestMigrate:
         assert result.exit_code == 1
         assert result.output.startswith("ConfigurationError: ")
         assert MARKER not in result.output
+
+    def test_says_who_can_grant_the_role(
+        self, todo_postgres: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        todo_postgres._psql(
+            "CREATE ROLE carol LOGIN CREATEROLE", "CREATE DATABASE carols OWNER carol"
+        )
+        monkeypatch.setenv("DATABASE_URL", todo_postgres.url(user="carol", database="carols"))
+        result = run("migrate")
+        assert result.exit_code == 1
+        assert "superuser run: GRANT todo_app TO carol;" in result.output
 
 
 class TestAlembic:
@@ -173,21 +188,22 @@ class TestPsql:
 
 
 class TestServe:
-    def test_migrates_and_prints_the_url(
-        self, set_url: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_migrates_and_prints_the_url(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(signal, "pthread_sigmask", lambda _how, _mask: set())
         monkeypatch.setattr(signal, "sigwait", min)
-        assert run("alembic", "downgrade", "base").exit_code == 0
         result = run("serve")
         assert result.exit_code == 0
-        assert result.output == f"DATABASE_URL={set_url}\n"
+        assert result.stdout.startswith("DATABASE_URL=postgresql://todo_owner@/todo?host=")
         assert run("health").exit_code == 0
 
+    def test_refuses_when_there_is_a_database(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("DATABASE_URL", f"postgresql://alice:{MARKER}@localhost/todo")
+        result = run("serve")
+        assert result.exit_code == 1
+        assert MARKER not in result.output
+
     @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-    def test_stops_its_server_when_it_is_stopped(
-        self, folder: Path, stop: signal.Signals
-    ) -> None:
+    def test_stops_its_server_when_it_is_stopped(self, folder: Path, stop: signal.Signals) -> None:
         command = [sys.executable, "-c", "from todo_db.cli import main; main()", "serve"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
             assert serving.stdout is not None

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from inspect import getmembers, isfunction
 from pathlib import Path
@@ -16,6 +17,7 @@ from driver import Connection
 from locks import until_waiting
 from proxy import BEGIN, COMMIT, STARTUP, Fault, Proxy, until
 from sqlalchemy import make_url, text
+from sqlalchemy.exc import DBAPIError
 
 from todo_db import (
     CallTimeoutError,
@@ -188,6 +190,21 @@ class TestLifetime:
         await closing
         assert await superuser.fetchval("SELECT count(*) FROM tasks") == 1
         await until_disconnected(superuser)
+
+    def test_C7_can_be_opened_again_on_another_event_loop(self, url: str) -> None:
+        def run() -> None:
+            async def use() -> None:
+                async with database:
+                    # Enough at once to make somebody wait, which is what binds to a loop.
+                    calls = (database.health() for _ in range(5))
+                    assert all(health.ok for health in await asyncio.gather(*calls))
+
+            database = Database.from_url(url, pool_size=1, max_overflow=0)
+            asyncio.run(use())
+            asyncio.run(use())
+
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(run).result()
 
     async def test_C7_another_event_loop_is_refused(self, database: Database) -> None:
         def elsewhere() -> None:
@@ -625,6 +642,12 @@ def _public(repository: type) -> set[str]:
     return {name for name, _ in getmembers(repository, isfunction) if not name.startswith("_")}
 
 
+async def titles_and_names(owner: Connection) -> tuple[list[str], list[str]]:
+    titles = await owner.fetch("SELECT title FROM tasks ORDER BY id")
+    names = await owner.fetch("SELECT name FROM users ORDER BY id = 'carol', name")
+    return [row["title"] for row in titles], [row["name"] for row in names]
+
+
 class TestLostCommit:
     def test_tables_have_a_line_for_every_public_method(self) -> None:
         named = {line.partition(" ")[0] for line in (ANSWERS | IS_UNKNOWN)}
@@ -707,6 +730,25 @@ class TestLostCommit:
         assert await far.tasks.count("alice") == 0
         assert proxy.sent.count(BEGIN) == begun + 1
 
+    async def test_stays_unknown_when_the_tries_that_follow_fail(
+        self, db: Database, proxy: Proxy, owner: Connection
+    ) -> None:
+        task = await db.tasks.create("alice", "old")
+        async with Database.from_url(proxy.url, retry_attempts=3) as far:
+            calls: dict[str, Callable[[], Awaitable[object]]] = {
+                "update": lambda: far.tasks.update("alice", task.id, title="new"),
+                "delete": lambda: far.tasks.delete("alice", task.id),
+                "users.update": lambda: far.users.update("alice", name="New"),
+                "ensure": lambda: far.users.ensure("carol", email="carol@example.org", name=""),
+            }
+            for name, call in calls.items():
+                proxy.break_at(COMMIT, Fault.CUT_AFTER)
+                proxy.break_at(STARTUP, Fault.CUT_BEFORE, times=2)
+                with pytest.raises(OutcomeUnknownError):
+                    await call()
+                assert not proxy.pending, name
+        assert await titles_and_names(owner) == ([], ["Bob", "New", ""])
+
     async def test_retries_turned_off(self, db: Database, proxy: Proxy) -> None:
         task = await db.tasks.create("alice", "old")
         async with Database.from_url(proxy.url, retry_attempts=1) as single:
@@ -765,6 +807,30 @@ class TestRun:
             with pytest.raises(error):
                 await db.run("alice", work)
         assert raised == list(errors)
+        assert await db.tasks.count("alice") == 0
+
+    async def test_own_statement_that_loses_its_connection_is_run_again(
+        self, far: Database, proxy: Proxy
+    ) -> None:
+        async def work(tx: Transaction) -> int:
+            await tx.tasks.create("alice", "once")
+            return int((await tx.execute(text("SELECT 42 AS slowly"))).scalar_one())
+
+        proxy.break_at(b"slowly", Fault.CUT_AFTER)
+        assert await far.run("alice", work) == 42
+        assert not proxy.pending
+        assert await far.tasks.count("alice") == 1
+
+    async def test_own_statement_that_fails_is_sqlalchemys_error(self, db: Database) -> None:
+        async def work(tx: Transaction) -> None:
+            tries.append(tx)
+            await tx.tasks.create("alice", "undone")
+            await tx.execute(text("SELECT 1 / 0"))
+
+        tries: list[Transaction] = []
+        with pytest.raises(DBAPIError):
+            await db.run("alice", work)
+        assert len(tries) == 1
         assert await db.tasks.count("alice") == 0
 
     @pytest.mark.parametrize("fault", [Fault.CUT_BEFORE, Fault.CUT_AFTER])

@@ -22,6 +22,22 @@ class TestStart:
             assert await connection.fetchval("SELECT answer FROM kept") == 42
             await connection.close()
 
+    def test_twice_at_once_in_a_fresh_folder(self, folder: Path) -> None:
+        command = (
+            "import sys, pathlib; from todo_db.embedded import EmbeddedPostgres\n"
+            "with EmbeddedPostgres(pathlib.Path(sys.argv[1]) / 'pg'): print(end='', flush=True)"
+        )
+        both = [subprocess.Popen([sys.executable, "-c", command, folder]) for _ in range(2)]
+        assert [process.wait(60) for process in both] == [0, 0]
+
+    async def test_makes_good_what_was_interrupted(self, folder: Path) -> None:
+        server = EmbeddedPostgres(folder / "pg")
+        with server:
+            server.drop_database(DATABASE)
+        with server:
+            connection = await asyncpg.connect(server.url())
+            await connection.close()
+
     async def test_owner_is_like_neons(self, todo_postgres: EmbeddedPostgres) -> None:
         connection = await asyncpg.connect(todo_postgres.url())
         role = await connection.fetchrow("SELECT * FROM pg_roles WHERE rolname = current_user")

@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 import pytest_asyncio
 from driver import Connection
-from proxy import STARTUP, Fault, Proxy
+from proxy import GOODBYE, STARTUP, Fault, Proxy
 from sqlalchemy import make_url
 
 from todo_db import (
@@ -74,6 +74,11 @@ def told(error: BaseException) -> str:
 
 
 class TestParseUrl:
+    def test_refuses_a_port_that_is_none(self) -> None:
+        with pytest.raises(ConfigurationError, match="port") as caught:
+            parse_url("postgresql://alice:swordfish@db.example.org:99999/todo")
+        assert "99999" not in str(caught.value)
+
     @pytest.mark.parametrize("name", ["postgres", "postgresql", "postgresql+asyncpg"])
     def test_takes_every_name_of_postgresql(self, name: str) -> None:
         parsed = parse_url(f" {name}://alice:s%40cret@db.example.org:6432/todo\n")
@@ -388,9 +393,25 @@ class TestClose:
         await pool.release(lease)
         assert lease.driver.is_closed()
 
-    async def test_pool_can_be_used_again(self, pool: Pool) -> None:
+    async def test_A9_peer_that_does_not_say_goodbye_is_left(self, proxy: Proxy) -> None:
+        pool = Pool(settings(proxy.url))
+        leases = [await pool.acquire() for _ in range(2)]
+        for lease in leases:
+            await pool.release(lease)
+        proxy.break_at(GOODBYE, Fault.HANG, times=2)
+        async with asyncio.timeout(4):
+            await pool.close()
+        assert all(lease.driver.is_closed() for lease in leases)
+
+    async def test_nothing_is_kept_afterwards(self, pool: Pool) -> None:
         await pool.close()
         lease = await pool.acquire()
         assert await lease.driver.fetchval("SELECT 1") == 1
         await pool.release(lease)
-        assert not lease.driver.is_closed()
+        assert lease.driver.is_closed()
+
+    async def test_twice_at_once_is_once(self, pool: Pool) -> None:
+        await pool.release(await pool.acquire())
+        async with asyncio.timeout(10):
+            await asyncio.gather(pool.close(), pool.close())
+        assert pool.status.in_use == 0

@@ -470,6 +470,27 @@ class TestOwners:
         await upgrade(url)
         assert await read(url) == catalogue.EXPECTED
 
+    @pytest.mark.parametrize("right", ["TEMPORARY ON DATABASE todo", "CREATE ON SCHEMA public"])
+    async def test_is_refused_what_it_cannot_revoke(self, cluster: Cluster, right: str) -> None:
+        url = await cluster.create_database("todo")
+        await cluster.execute("ALTER DATABASE todo OWNER TO postgres")
+        await cluster.execute(
+            "REVOKE TEMPORARY ON DATABASE todo FROM PUBLIC",
+            f"GRANT CREATE ON SCHEMA public TO {OWNER}",
+            f"GRANT {right} TO PUBLIC",
+            database="todo",
+        )
+        with pytest.raises(ProgrammingError, match="may still create objects"):
+            await upgrade(url)
+
+    async def test_makes_the_tables_where_the_application_looks(self, cluster: Cluster) -> None:
+        url = await cluster.create_database("todo")
+        async with connected(url) as owner:
+            await owner.execute(f"CREATE SCHEMA {OWNER}")
+        await upgrade(url)
+        async with Database.from_url(url) as db:
+            assert (await db.health()).ok
+
     @pytest.mark.parametrize("step", ["CREATE ROLE todo_app NOLOGIN", "GRANT todo_app TO {}"])
     async def test_waits_for_another_database_that_is_half_way(
         self, cluster: Cluster, step: str

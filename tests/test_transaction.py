@@ -13,7 +13,7 @@ from cluster import Cluster
 from driver import Connection
 from proxy import BEGIN, COMMIT, ROLLBACK, Fault, Proxy, until
 from sqlalchemy import DDL, ClauseElement, Executable, Row, delete, insert, select, text
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 
@@ -454,6 +454,25 @@ class TestLostConnection:
         assert await far.tasks.count("alice") == 0
 
 
+class TestBrokenConnection:
+    async def test_savepoint_on_a_lost_connection_is_unavailable(
+        self, far: Database, proxy: Proxy
+    ) -> None:
+        proxy.break_at(b"SAVEPOINT", Fault.CUT_BEFORE)
+        with pytest.raises(UnavailableError):
+            async with far.transaction("alice") as tx, tx.savepoint():
+                pytest.fail("the block must not run")
+        assert await far.tasks.count("alice") == 0
+
+    async def test_O2_protocol_that_broke_down_is_unavailable(self, db: Database) -> None:
+        with pytest.raises(TransactionDoomedError):
+            async with db.transaction("alice") as tx:
+                tx._lease.terminate()
+                failure = tx._failed(asyncpg.InternalClientError("cannot switch to state 15"))
+        assert type(failure) is UnavailableError
+        assert failure.transient
+
+
 class TestConcurrentUse:
     async def test_Z2_second_task_is_refused_before_any_sql_and_nothing_is_stored(
         self, far: Database, proxy: Proxy, owner: Connection
@@ -511,6 +530,41 @@ class TestConcurrentUse:
 
         await asyncio.gather(*map(work, range(20)))
         assert await db.tasks.count("alice") == 20
+
+
+class TestSiblings:
+    """Tasks that share a transaction although they must not."""
+
+    async def test_block_that_ends_while_a_sibling_works_is_not_committed(
+        self, db: Database
+    ) -> None:
+        async def boom() -> None:
+            raise ZeroDivisionError
+
+        with pytest.raises(TransactionDoomedError):
+            async with db.transaction("alice") as tx:
+                with suppress(ZeroDivisionError):
+                    async with tx.savepoint():
+                        await tx.tasks.create("alice", "ghost")
+                        slow = text("SELECT pg_sleep(0.2)")
+                        await asyncio.gather(tx.execute(slow), boom())
+        assert await db.tasks.count("alice") == 0
+
+    async def test_refused_one_is_not_forgotten_when_the_other_fails(self, db: Database) -> None:
+        async def fails(tx: Transaction) -> None:
+            async with tx.savepoint():
+                await tx.execute(text("SELECT 1 / (SELECT 0 FROM pg_sleep(0.1))"))
+
+        with pytest.raises(TransactionDoomedError):
+            async with db.transaction("alice") as tx:
+                await tx.tasks.create("alice", "half")
+                first = asyncio.create_task(fails(tx))
+                await asyncio.sleep(0.05)
+                with pytest.raises(ConcurrentUseError):
+                    await tx.tasks.create("alice", "other half")
+                with pytest.raises((DBAPIError, TransactionDoomedError)):
+                    await first
+        assert await db.tasks.count("alice") == 0
 
 
 class TestSavepoint:
@@ -663,13 +717,56 @@ class TestExecute:
                 await tx.tasks.create("alice", "lost")
                 with pytest.raises(DBAPIError):
                     async with tx.savepoint():
-                        await tx.execute(text("/* never closed"))
+                        await tx.execute(text("SELECT nonsense"))
                 with pytest.raises(DBAPIError):
                     await tx.execute(insert(Task).values(user_id="bob", title="not bob's"))
                 with pytest.raises(TransactionDoomedError):
                     await tx.tasks.count("alice")
         assert await titles(owner) == []
         assert await db.tasks.count("alice") == 0
+
+    async def test_value_that_is_missing_is_no_failure_of_the_transaction(
+        self, db: Database
+    ) -> None:
+        async with db.transaction("alice") as tx:
+            await tx.tasks.create("alice", "kept")
+            with pytest.raises(StatementError):
+                await tx.execute(text("SELECT :missing"))
+            assert await tx.tasks.count("alice") == 1
+        assert await db.tasks.count("alice") == 1
+
+    async def test_E2_leaves_nothing_on_the_connection(
+        self, far: Database, owner: Connection
+    ) -> None:
+        lasting = """
+            SELECT set_config('todo_db.user_id', 'bob', false), pg_advisory_lock(42),
+                set_config('row_security', 'off', false)
+        """
+        locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+        for undone in (False, True):
+            with suppress(ZeroDivisionError):
+                async with far.transaction("alice") as tx:
+                    await tx.execute(text(lasting))
+                    if undone:
+                        raise ZeroDivisionError
+            assert await owner.fetchval(locks) == 0
+            lease = await far._pool.acquire()
+            shown = await lease.driver.fetchrow("""
+                SELECT coalesce(current_setting('todo_db.user_id', true), '') AS user_id,
+                    current_setting('row_security') AS row_security
+            """)
+            assert shown is not None
+            assert tuple(shown) == ("", "on")
+            await far._pool.release(lease)
+            assert await far.tasks.count("alice") == 0
+
+    async def test_piles_nothing_up_on_the_connection(self, far: Database) -> None:
+        for _ in range(3):
+            async with far.transaction("alice") as tx:
+                await tx.execute(text("SELECT 1"))
+        (lease,) = far._pool._idle
+        entry = lease._fairy._connection_record
+        assert not entry.finalize_callback
 
     async def test_lost_connection_leaves_the_pool_healthy(
         self, far: Database, proxy: Proxy
@@ -708,6 +805,12 @@ class TestExecute:
                 "RESET ALL",
                 "set local todo_db.user_id = 'bob'",
                 "SET SESSION AUTHORIZATION DEFAULT",
+                "DO 'BEGIN COMMIT; END'",
+                "CALL anything()",
+                "COPY tasks TO STDOUT",
+                "DECLARE mine CURSOR WITH HOLD FOR SELECT * FROM tasks",
+                "DROP OWNED BY todo_app",
+                "",
             ):
                 with pytest.raises(TransactionError):
                     await tx.execute(text(sql))

@@ -92,6 +92,9 @@ class Database:
         async with self._opening:
             if self._loop is not None:
                 return
+            if self._closed:
+                # The old one belongs to the loop that it was used on.
+                self._pool = Pool(self._settings)
             try:
                 await self._retried(self._check, repeatable=True)
             except BaseException:
@@ -125,7 +128,7 @@ class Database:
                     result = await tx.perform(user_id, call)
                     seen.append(result)
             except NotFoundError:
-                # It was there on the first try, whose COMMIT then did happen.
+                # An earlier try saw it, and now it is gone: that is what was asked for.
                 if call.repeat is Repeat.GONE and seen:
                     return seen[0]
                 raise
@@ -252,12 +255,16 @@ class Database:
     async def _retried[T](self, once: Callable[[], Awaitable[T]], *, repeatable: bool) -> T:
         """Run `once` until it is applied: again only if it was not, or may be applied twice.
 
-        The second try follows at once, because most losses are of a connection that had been
-        idle; the others wait longer and longer.
+        After a try whose outcome is unknown, the failure of those that follow says nothing of
+        that one: the outcome stays unknown. The second try follows at once, because most losses
+        are of a connection that had been idle; the others wait longer and longer.
         """
+        unknown = False
 
         def again(error: Exception) -> bool:
+            nonlocal unknown
             if isinstance(error, OutcomeUnknownError):
+                unknown = True
                 return repeatable
             return _is_transient(error)
 
@@ -266,17 +273,21 @@ class Database:
         except TodoDBError as error:
             if self._settings.retry_attempts == 1 or not again(error):
                 raise
-        async for attempt in stamina.retry_context(
-            on=again,
-            attempts=self._settings.retry_attempts - 1,
-            timeout=self._settings.retry_timeout_seconds,
-            wait_initial=0.05,
-            wait_max=2.0,
-            wait_jitter=0.1,
-        ):
-            with attempt:
-                return await once()
-        raise AssertionError  # pragma: no cover  # the last attempt returns or raises
+        try:
+            async for attempt in stamina.retry_context(  # pragma: no branch  # returns or raises
+                on=again,
+                attempts=self._settings.retry_attempts - 1,
+                timeout=self._settings.retry_timeout_seconds,
+                wait_initial=0.05,
+                wait_max=2.0,
+                wait_jitter=0.1,
+            ):
+                with attempt:
+                    return await once()
+        except UnavailableError:
+            if not unknown:
+                raise
+        raise OutcomeUnknownError
 
 
 def _is_transient(error: Exception) -> bool:

@@ -18,11 +18,16 @@ OWNER: Final = "todo_owner"
 LOGIN: Final = "todo_login"
 DATABASE: Final = "todo"
 
-# The owner is what Neon hands out: no superuser, but one that bypasses row-level security.
-_PROVISION: Final = (
-    f"CREATE ROLE {OWNER} LOGIN CREATEDB CREATEROLE BYPASSRLS",
-    f"CREATE DATABASE {DATABASE} OWNER {OWNER}",
-)
+# For psql: \\gexec runs what the row says, if there is a row. The lock is for processes that
+# start in a fresh folder at once. The owner is what Neon hands out: no superuser, but one that
+# bypasses row-level security.
+_PROVISION: Final = f"""
+    SELECT pg_advisory_lock(7306001205);
+    SELECT 'CREATE ROLE {OWNER} LOGIN CREATEDB CREATEROLE BYPASSRLS'
+        WHERE to_regrole('{OWNER}') IS NULL \\gexec
+    SELECT 'CREATE DATABASE {DATABASE} OWNER {OWNER}'
+        WHERE NOT EXISTS (SELECT FROM pg_database WHERE datname = '{DATABASE}') \\gexec
+"""  # noqa: S608  # constants
 _FAST: Final = (
     "ALTER SYSTEM SET fsync = off",
     "ALTER SYSTEM SET synchronous_commit = off",
@@ -72,12 +77,14 @@ class EmbeddedPostgres:
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
             self._server = wheel.get_server(self._folder)
+            self._psql(_PROVISION)
+            if not self._durable:
+                self._psql(*_FAST)
         except subprocess.SubprocessError:
+            self.stop()
             raise ConfigurationError(
                 "the embedded PostgreSQL does not start: see the file log in its folder"
             ) from None
-        if DATABASE not in self._psql("SELECT datname FROM pg_database").split():
-            self._psql(*_PROVISION, *(() if self._durable else _FAST))
 
     def stop(self) -> None:
         """Stop the server, if no other process uses it; the data stays."""
@@ -104,7 +111,7 @@ class EmbeddedPostgres:
     def create_database(self, name: str, *, template: str = "template1") -> None:
         """Make a database of the owner's, as a copy of another one that nobody is using."""
         self._psql(
-            f"CREATE DATABASE {name} TEMPLATE {template} OWNER {OWNER}",
+            f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY OWNER {OWNER}",
             # Rights on the database itself are not copied with it.
             f"REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC",
         )
@@ -129,21 +136,10 @@ class EmbeddedPostgres:
         return str(self._running().get_postmaster_info().socket_dir)
 
     def _psql(self, *statements: str) -> str:
-        psql = self.program("psql")
-        commands = [part for statement in statements for part in ("-c", statement)]
+        place = ["-h", self._socket_folder(), "-U", "postgres", "postgres"]
         done = subprocess.run(  # noqa: S603  # no shell, no input of anybody's
-            [
-                psql,
-                "-XAtq",
-                "-v",
-                "ON_ERROR_STOP=1",
-                "-h",
-                self._socket_folder(),
-                *commands,
-                "-U",
-                "postgres",
-                "postgres",
-            ],
+            [self.program("psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", *place],
+            input=";\n".join((*statements, "")),
             check=True,
             capture_output=True,
             text=True,

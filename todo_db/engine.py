@@ -28,7 +28,13 @@ _QUERY_KEYS: Final = frozenset({"host", "port"})
 _RECYCLE_SECONDS: Final = 1800.0
 _CLOSE_SECONDS: Final = 2.0
 
-_logger: Final = logging.getLogger("todo_db")
+_LOGGER: Final = "todo_db"
+_logger: Final = logging.getLogger(_LOGGER)
+
+# SQLAlchemy's own loggers write SQL, rows and the server's messages. These are only ours, so the
+# level that an application sets for its own engines does not reach them.
+for _name in ("sqlalchemy.engine.Engine", "sqlalchemy.pool.impl.NullPool"):
+    logging.getLogger(f"{_name}.{_LOGGER}").setLevel(logging.WARNING)
 
 
 def parse_url(url: str) -> URL:
@@ -108,11 +114,10 @@ class Lease:
         finally:
             self.forget()
 
-    async def sqlalchemy(self) -> AsyncConnection:
+    def sqlalchemy(self) -> AsyncConnection:
         """Return SQLAlchemy's view of it, which sends no BEGIN and no COMMIT of its own."""
         sync = Connection(self._engine.sync_engine, connection=self._fairy)
-        connection = AsyncConnection(self._engine, sync)
-        return await connection.execution_options(isolation_level="AUTOCOMMIT")
+        return AsyncConnection(self._engine, sync)
 
 
 class Pool:
@@ -131,7 +136,12 @@ class Pool:
         self._engine = create_async_engine(
             parse_url(settings.database_url.get_secret_value()),
             poolclass=NullPool,
+            # Transactions are ours. Said once for the engine: said for a connection, it would be
+            # undone and said again, and remembered each time.
+            isolation_level="AUTOCOMMIT",
             hide_parameters=True,
+            logging_name=_LOGGER,
+            pool_logging_name=_LOGGER,
             connect_args=_connect_args(settings),
         )
         self._kept = settings.pool_size
@@ -142,6 +152,7 @@ class Pool:
         self._in_use = 0
         self._waiting = 0
         self._keeping = True
+        self._closing = asyncio.Lock()
 
     @property
     def status(self) -> PoolStatus:
@@ -163,7 +174,6 @@ class Pool:
             self._free.release()
             raise
         self._in_use += 1
-        self._keeping = True
         return lease
 
     async def release(self, lease: Lease) -> None:
@@ -183,31 +193,32 @@ class Pool:
             self._free.release()
 
     async def close(self) -> None:
-        """Close all connections, once they are back; `acquire` opens new ones.
+        """Close all connections, once they are back, for good.
 
         Waits for those that are lent as long as a caller waits for one. What comes back later
         is closed then.
         """
-        taken = 0
-        try:
-            async with asyncio.timeout(self._timeout):
-                while taken < self._size:
-                    await self._free.acquire()
-                    taken += 1
-        except TimeoutError:
-            _logger.warning("closed while %d connections were in use", self._in_use)
-        finally:
-            for _ in range(taken):
-                self._free.release()
-            self._keeping = False
-            while self._idle:
-                await self._idle.pop().close()
+        async with self._closing:
+            taken = 0
+            try:
+                async with asyncio.timeout(self._timeout):
+                    while taken < self._size:
+                        await self._free.acquire()
+                        taken += 1
+            except TimeoutError:
+                _logger.warning("closed while %d connections were in use", self._in_use)
+            finally:
+                for _ in range(taken):
+                    self._free.release()
+                self._keeping = False
+                idle, self._idle = self._idle, []
+                await asyncio.gather(*(lease.close() for lease in idle))
 
     def _last_used(self) -> Lease | None:
         while self._idle:
             lease = self._idle.pop()
             # The server may have closed it meanwhile; asking the client costs no round trip.
-            if lease.is_clean:
+            if lease.is_clean and not lease.is_old:
                 return lease
             lease.forget()
         return None

@@ -19,6 +19,8 @@ LOCK_SQL: Final = (
     "SELECT pg_advisory_xact_lock(7306001204)",
     # Behind a long transaction, rather give up than make everybody queue behind us.
     "SET LOCAL lock_timeout = '5s'",
+    # Where the application looks, whatever the migrating role's own schema is.
+    "SET LOCAL search_path = public, pg_temp",
 )
 
 # Alembic keeps what it is doing in module globals.

@@ -36,7 +36,7 @@ class Settings(BaseSettings):
         idle_in_transaction_timeout_seconds: When the server ends a transaction nobody uses.
         retry_attempts: Tries of a call that is known not to have been applied, the first
             included. 1 turns retries off.
-        retry_timeout_seconds: How long all tries may take together.
+        retry_timeout_seconds: How long after the first try failed another one may begin.
         prepared_statements: Keep prepared statements on each connection. Needs PostgreSQL
             itself, or PgBouncer 1.21 or later; off costs one round trip a call.
     """

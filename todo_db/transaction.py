@@ -6,7 +6,8 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, Literal, cast
 
-from sqlalchemy import Executable, Result, TextClause
+from sqlalchemy import Executable, Result, TextClause, TextualSelect
+from sqlalchemy.exc import CompileError, DBAPIError, StatementError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.schema import ExecutableDDLElement
 
@@ -31,17 +32,16 @@ ROLE: Final = "todo_app"
 NOBODY: Final = ""
 """The user id of the package's own transactions: no row belongs to it."""
 
-# SQL of a caller's that would end the transaction, and with it the role and the user id, or
-# change what the connection keeps for its next user.
-_CONTROL: Final = re.compile(
-    r"(abort|begin|commit|deallocate|discard|end|listen|load|"
-    r"prepare|release|reset|rollback|savepoint|set|start)\b",
-    re.IGNORECASE,
+# What a caller's own SQL may begin with. Anything else could end the transaction, and with it
+# the role and the user id, or leave something on the connection for its next user.
+_ALLOWED: Final = re.compile(
+    r"[\s(]*(delete|explain|insert|merge|select|show|table|update|values|with)\b", re.IGNORECASE
 )
-
-# What may stand before it, besides comments, which nest.
-_BLANK: Final = re.compile(r"(?:\s|;|--[^\r\n]*)*")
-_COMMENT_MARK: Final = re.compile(r"/\*|\*/")
+# What such SQL can leave behind all the same, by calling functions; undone in the message that
+# ends the transaction, because behind a pooler the next message may go to another server.
+_UNLOCK: Final = "SELECT pg_catalog.pg_advisory_unlock_all()"
+_TIDY: Final = f"{_UNLOCK};RESET ALL;"
+_ROLLBACK_SECONDS: Final = 2.0
 
 _logger: Final = logging.getLogger("todo_db")
 
@@ -124,19 +124,28 @@ class Transaction:
         are SQLAlchemy's.
 
         Raises:
-            TransactionError: It would end the transaction or change its context, or is DDL.
+            TransactionError: It is DDL, or text that does not begin with SELECT, INSERT, UPDATE,
+                DELETE, MERGE, WITH, VALUES, TABLE, EXPLAIN or SHOW.
             TransactionDoomedError: An earlier statement failed.
             ConcurrentUseError: Another task uses this transaction right now.
         """
-        if isinstance(statement, ExecutableDDLElement) or (
-            isinstance(statement, TextClause) and _CONTROL.match(_uncommented(statement.text))
+        text = statement.element if isinstance(statement, TextualSelect) else statement
+        if isinstance(text, ExecutableDDLElement) or (
+            isinstance(text, TextClause) and not _ALLOWED.match(text.text)
         ):
-            raise TransactionError("a statement may neither end nor change its transaction")
+            raise TransactionError(
+                "a statement may only read or write rows, and begins with the word that says so"
+            )
         self._enter()
         try:
             if self._sqlalchemy is None:
-                self._sqlalchemy = await self._lease.sqlalchemy()
+                self._sqlalchemy = self._lease.sqlalchemy()
             return await self._sqlalchemy.execute(statement, parameters)
+        except (CompileError, StatementError) as error:
+            # A value that is missing or of the wrong type: nothing was sent.
+            if isinstance(error, DBAPIError):
+                self._fail(error)
+            raise
         except Exception as error:
             self._fail(error)
             raise
@@ -161,7 +170,10 @@ class Transaction:
                 # The block swallowed the error that undid its work.
                 raise TransactionDoomedError  # noqa: TRY301  # undone below like any other
         except BaseException:
-            if self._state in {"open", "doomed"} and not self._busy:
+            if self._busy:
+                # Another task's statement is under way: the block cannot be undone alone.
+                self._state = "lost"
+            elif self._state in {"open", "doomed"}:
                 self._state = "open"
                 await self._control(f"ROLLBACK TO SAVEPOINT {name};RELEASE SAVEPOINT {name}")
             raise
@@ -233,7 +245,8 @@ class Transaction:
         # After a server's verdict the transaction is aborted, and known to be. After anything
         # else (a timeout, a broken protocol) the connection may still be in the middle of it.
         known = _is_verdict(error) and self._driver.is_in_transaction()
-        self._state = "doomed" if known and not self._driver.is_closed() else "lost"
+        if self._state == "open":
+            self._state = "doomed" if known and not self._driver.is_closed() else "lost"
 
     async def end(self, *, commit: bool, read_only: bool) -> None:
         """End the transaction, or cut its connection if it cannot be known to have ended.
@@ -257,7 +270,10 @@ class Transaction:
 
     async def _rollback(self) -> None:
         try:
-            await self._driver.execute("ROLLBACK")
+            await self._driver.execute(
+                f"ROLLBACK;{_UNLOCK}" if self._sqlalchemy else "ROLLBACK",
+                timeout=_ROLLBACK_SECONDS,
+            )
         except Exception as error:  # noqa: BLE001  # nothing was applied either way
             self._lease.terminate()
             _logger.warning("a connection broke while it rolled back: %s", type(error).__name__)
@@ -274,7 +290,7 @@ class Transaction:
             read_only = False
         else:
             try:
-                tag = await self._driver.execute("COMMIT")
+                tag = await self._driver.execute(f"{_TIDY}COMMIT" if self._sqlalchemy else "COMMIT")
             except Exception as error:  # noqa: BLE001  # raised again, as ours
                 failure = self._commit_failure(error)
             except BaseException:
@@ -354,21 +370,6 @@ class Unit:
             )
         finally:
             await self._pool.release(self._lease)
-
-
-def _uncommented(sql: str) -> str:
-    """Return the text from its first word on."""
-    sql = _BLANK.sub("", sql, count=1)
-    while sql.startswith("/*"):
-        depth = 0
-        for mark in _COMMENT_MARK.finditer(sql):
-            depth += 1 if mark[0] == "/*" else -1
-            if not depth:
-                sql = _BLANK.sub("", sql[mark.end() :], count=1)
-                break
-        else:
-            return ""
-    return sql
 
 
 def _begin_failure(error: Exception) -> TodoDBError:

@@ -55,6 +55,20 @@ _TEMPORARY = """
     END
     $$
 """
+# Without the right to revoke, REVOKE is only a warning.
+_REVOKED = """
+    DO $$
+    BEGIN
+        IF has_database_privilege('todo_app', current_database(), 'TEMPORARY')
+            OR has_schema_privilege('todo_app', 'public', 'CREATE')
+        THEN
+            RAISE EXCEPTION 'PUBLIC may still create objects in this database.'
+                USING ERRCODE = 'insufficient_privilege',
+                HINT = 'Migrate as the owner of the database.';
+        END IF;
+    END
+    $$
+"""
 _GRANTS = (
     """SELECT, DELETE, INSERT (user_id, title, description, completed),
     UPDATE (title, description, completed) ON tasks""",
@@ -71,6 +85,7 @@ def upgrade() -> None:
     op.execute(_GRANT_ROLE)
     op.execute(_TEMPORARY.format("REVOKE", "FROM"))
     op.execute("REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+    op.execute(_REVOKED)
     op.execute("GRANT USAGE ON SCHEMA public TO todo_app")
     for grant in _GRANTS:
         op.execute(f"GRANT {grant} TO todo_app")

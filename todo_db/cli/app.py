@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from todo_db import migrations
@@ -29,8 +28,10 @@ from todo_db.cli.seed import seed as seed_tasks
 from todo_db.cli.target import target
 from todo_db.database import Database
 from todo_db.embedded import EmbeddedPostgres
+from todo_db.engine import parse_url
 from todo_db.errors import TodoDBError, translated
 from todo_db.records import Health
+from todo_db.settings import Settings
 
 app: Final = typer.Typer(
     help="The data layer of a multi-user todo application.",
@@ -170,7 +171,8 @@ def url(
 ) -> None:
     """Print the URL of the database, as psql takes it."""
     with _told(), target(_messages) as found:
-        shown = make_url(found.strip()).render_as_string(hide_password=not show_password)
+        url = parse_url(found).set(drivername="postgresql")
+        shown = url.render_as_string(hide_password=not show_password)
         _out.print(shown, soft_wrap=True, markup=False, highlight=False)
 
 
@@ -180,7 +182,7 @@ def url(
 def psql(context: typer.Context) -> None:
     r"""Run psql on the database, for example: todo-db psql -c '\d tasks'."""
     with _told(), target(_messages) as found:
-        parsed = make_url(found.strip()).set(drivername="postgresql")
+        parsed = parse_url(found).set(drivername="postgresql")
         # Arguments are for everybody to see; the environment is not.
         secret = {"PGPASSWORD": str(parsed.password)} if parsed.password else {}
         public = parsed._replace(password=None).render_as_string(hide_password=False)
@@ -195,6 +197,9 @@ def psql(context: typer.Context) -> None:
 @app.command()
 def serve() -> None:
     """Keep the embedded PostgreSQL running until Ctrl-C, migrated, for an application."""
+    if Settings().database_url is not None:
+        _messages.print("DATABASE_URL is set: there is nothing to serve.", style="bold red")
+        raise typer.Exit(1)
     with _told(), target(_messages) as found:
         asyncio.run(migrations.upgrade(found))
         # Killed by either, Python would leave the server behind.
