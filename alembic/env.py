@@ -11,8 +11,10 @@ from alembic import context
 from alembic.operations import MigrationScript
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from alembic.util import CommandError
 from sqlalchemy import Connection
 
+from todo_db.errors import ConfigurationError
 from todo_db.migrations import LOCK_SQL, direct_engine
 from todo_db.models import Base
 
@@ -47,7 +49,11 @@ def _run(connection: Connection | None) -> None:
 
 
 async def _connect() -> None:
-    engine = direct_engine(context.config.attributes.get("url"))
+    try:
+        engine = direct_engine(context.config.attributes.get("url"))
+    except ConfigurationError as error:
+        # One line on Alembic's own command line, instead of a traceback.
+        raise CommandError(str(error)) from None
     try:
         async with engine.connect() as connection:
             await connection.run_sync(_run)

@@ -24,7 +24,7 @@ from todo_db import (
     UnavailableError,
 )
 from todo_db.embedded import LOGIN, EmbeddedPostgres
-from todo_db.engine import Lease, Pool, parse_url
+from todo_db.engine import Lease, Pool
 from todo_db.records import PoolStatus
 
 MARKER: Final = "hunter2"
@@ -71,48 +71,6 @@ def told(error: BaseException) -> str:
         parts += [str(cause), repr(cause), repr(cause.args), *traceback.format_exception(cause)]
         cause = cause.__cause__ or cause.__context__
     return "".join(parts)
-
-
-class TestParseUrl:
-    def test_refuses_a_port_that_is_none(self) -> None:
-        with pytest.raises(ConfigurationError, match="port") as caught:
-            parse_url("postgresql://alice:swordfish@db.example.org:99999/todo")
-        assert "99999" not in str(caught.value)
-
-    @pytest.mark.parametrize("name", ["postgres", "postgresql", "postgresql+asyncpg"])
-    def test_takes_every_name_of_postgresql(self, name: str) -> None:
-        parsed = parse_url(f" {name}://alice:s%40cret@db.example.org:6432/todo\n")
-        assert parsed.drivername == "postgresql+asyncpg"
-        assert (parsed.username, parsed.password) == ("alice", "s@cret")
-        assert (parsed.host, parsed.port, parsed.database) == ("db.example.org", 6432, "todo")
-
-    def test_takes_the_folder_of_a_socket(self) -> None:
-        parsed = parse_url("postgresql://alice@/todo?host=/run/postgresql&port=5433")
-        assert dict(parsed.query) == {"host": "/run/postgresql", "port": "5433"}
-
-    @pytest.mark.parametrize(
-        "url",
-        [
-            f"mysql://alice:{MARKER}@localhost/todo",
-            f"sqlite:///{MARKER}",
-            f"postgresql+psycopg://alice:{MARKER}@localhost/todo",
-            f"postgresqlx://alice:{MARKER}@localhost/todo",
-            f"postgresql://alice:{MARKER}@localhost:port/todo",
-            f"psql postgresql://alice:{MARKER}@localhost/todo",
-            f"alice:{MARKER}@localhost/todo",
-            MARKER,
-            "",
-        ],
-    )
-    def test_refuses_anything_else_and_echoes_nothing(self, url: str) -> None:
-        with pytest.raises(ConfigurationError) as caught:
-            parse_url(url)
-        assert MARKER not in told(caught.value)
-
-    def test_names_unknown_keys_without_their_values(self) -> None:
-        with pytest.raises(ConfigurationError, match=r"passwd, zebra$") as caught:
-            parse_url(f"postgresql://alice@localhost/todo?zebra=1&passwd={MARKER}")
-        assert MARKER not in told(caught.value)
 
 
 class TestOrder:
@@ -223,7 +181,7 @@ class TestGuards:
         self, pool: Pool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         lease = await pool.acquire()
-        monkeypatch.setattr("todo_db.engine._RECYCLE_SECONDS", 0)
+        monkeypatch.setattr("todo_db.engine.pool._RECYCLE_SECONDS", 0)
         await pool.release(lease)
         assert lease.driver.is_closed()
 

@@ -171,7 +171,7 @@ def url(
 ) -> None:
     """Print the URL of the database, as psql takes it."""
     with _told(), target(_messages) as found:
-        url = parse_url(found).set(drivername="postgresql")
+        url = parse_url(found).url.set(drivername="postgresql")
         shown = url.render_as_string(hide_password=not show_password)
         _out.print(shown, soft_wrap=True, markup=False, highlight=False)
 
@@ -182,7 +182,7 @@ def url(
 def psql(context: typer.Context) -> None:
     r"""Run psql on the database, for example: todo-db psql -c '\d tasks'."""
     with _told(), target(_messages) as found:
-        parsed = parse_url(found).set(drivername="postgresql")
+        parsed = parse_url(found).url.set(drivername="postgresql")
         # Arguments are for everybody to see; the environment is not.
         secret = {"PGPASSWORD": str(parsed.password)} if parsed.password else {}
         public = parsed._replace(password=None).render_as_string(hide_password=False)

@@ -1,4 +1,4 @@
-"""The `AsyncEngine`, its pool and its URL: the only module that knows the pooler."""
+"""The connections: who makes them, who keeps them, and who has one."""
 
 import asyncio
 import logging
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import asyncpg
-from sqlalchemy import URL, Connection, NullPool, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import URL, Connection, NullPool
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import PoolProxiedConnection
 from sqlalchemy.util import greenlet_spawn
 
+from todo_db.engine.url import parse_url
 from todo_db.errors import (
     ConfigurationError,
     PoolExhaustedError,
@@ -23,8 +23,6 @@ from todo_db.errors import (
 from todo_db.records import PoolStatus
 from todo_db.settings import Settings
 
-_DRIVERS: Final = frozenset({"postgres", "postgresql", "postgresql+asyncpg"})
-_QUERY_KEYS: Final = frozenset({"host", "port"})
 _RECYCLE_SECONDS: Final = 1800.0
 _CLOSE_SECONDS: Final = 2.0
 
@@ -37,35 +35,14 @@ for _name in ("sqlalchemy.engine.Engine", "sqlalchemy.pool.impl.NullPool"):
     logging.getLogger(f"{_name}.{_LOGGER}").setLevel(logging.WARNING)
 
 
-def parse_url(url: str) -> URL:
-    """Return a URL that SQLAlchemy's asyncpg dialect takes, whichever name it was given.
-
-    Raises:
-        ConfigurationError: It is not a PostgreSQL URL, or has a key that means nothing here.
-            Names the key, never the URL.
-    """
-    try:
-        parsed = make_url(url.strip())
-    except (ArgumentError, ValueError):
-        failure = ConfigurationError("the database URL cannot be read")
-    else:
-        if parsed.drivername not in _DRIVERS:
-            raise ConfigurationError("the database URL must begin with postgresql://")
-        if unknown := sorted(parsed.query.keys() - _QUERY_KEYS):
-            raise ConfigurationError(f"the database URL has unknown keys: {', '.join(unknown)}")
-        if not 0 < (parsed.port or 5432) < 2**16:
-            raise ConfigurationError("the port of the database URL is out of range")
-        return parsed.set(drivername="postgresql+asyncpg")
-    raise failure
-
-
 def create_direct_engine(url: str, settings: Settings) -> AsyncEngine:
-    """Return an engine for migrations and tests: no pool, no role, no guards."""
+    """Return an engine for migrations and tests: no pooler, no pool, no role, no guards."""
+    endpoint = parse_url(url).direct()
     return create_async_engine(
-        parse_url(url),
+        endpoint.url,
         poolclass=NullPool,
         hide_parameters=True,
-        connect_args={"timeout": settings.connect_timeout_seconds},
+        connect_args={"timeout": settings.connect_timeout_seconds} | endpoint.connect_args(),
     )
 
 
@@ -133,8 +110,9 @@ class Pool:
     def __init__(self, settings: Settings) -> None:
         if settings.database_url is None:
             raise ConfigurationError("DATABASE_URL is not set")
+        endpoint = parse_url(settings.database_url.get_secret_value())
         self._engine = create_async_engine(
-            parse_url(settings.database_url.get_secret_value()),
+            endpoint.url,
             poolclass=NullPool,
             # Transactions are ours. Said once for the engine: said for a connection, it would be
             # undone and said again, and remembered each time.
@@ -142,7 +120,7 @@ class Pool:
             hide_parameters=True,
             logging_name=_LOGGER,
             pool_logging_name=_LOGGER,
-            connect_args=_connect_args(settings),
+            connect_args=_connect_args(settings) | endpoint.connect_args(),
         )
         self._kept = settings.pool_size
         self._size = settings.pool_size + settings.max_overflow
@@ -256,7 +234,6 @@ def _connect_args(settings: Settings) -> dict[str, Any]:
         "command_timeout": settings.command_timeout_seconds,
         # asyncpg would prepare each statement anew every 300 s.
         "max_cached_statement_lifetime": 0,
-        "server_settings": {"application_name": "todo_db"},
     }
     if not settings.prepared_statements:
         arguments |= {"statement_cache_size": 0, "prepared_statement_cache_size": 0}

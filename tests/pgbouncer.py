@@ -1,0 +1,146 @@
+"""A real PgBouncer in front of a server on a unix socket, configured as Neon configures its own."""
+
+import asyncio
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Final, Self
+
+import asyncpg
+from driver import Connection
+from sqlalchemy import make_url
+
+PASSWORD: Final = "known to the tests"  # noqa: S105  # of roles that these tests make and drop
+TRIXIE: Final = "trixie"
+"""Has PgBouncer 1.24, as Neon has."""
+BOOKWORM: Final = "bookworm"
+"""Has PgBouncer 1.18, which forgets prepared statements."""
+_CONSOLE: Final = "console"
+_SOCKET: Final = ".s.PGSQL.5432"
+_ROOT: Final = Path(__file__).parents[1]
+
+
+def fetched(suite: str) -> Path:
+    """Return the folder with PgBouncer of a Debian release, unpacking it on first use."""
+    folder = _ROOT / ".cache" / f"pgbouncer-{suite}"
+    subprocess.run([_ROOT / ".ci" / "fetch-debian", suite, "pgbouncer", folder], check=True)
+    return folder
+
+
+class PgBouncer:
+    """Pools by transaction, and lets those in whose SCRAM secret the server knows.
+
+    Listens on a unix socket in a folder of its own. Started as root it runs as the server's own
+    user, because it refuses root, and nobody else may enter the folder of the server's socket.
+
+    Args:
+        suite: The Debian release that it comes from.
+        server_url: Any URL of the server; its user is asked for the secrets of the others.
+        max_prepared_statements: How many it carries over to other connections; Neon says 1000,
+            said nothing, and 1.18 does not know the setting.
+        default_pool_size: How many connections to the server it makes for a user of a database.
+    """
+
+    def __init__(
+        self,
+        suite: str,
+        server_url: str,
+        *,
+        max_prepared_statements: int | None,
+        default_pool_size: int = 10,
+    ) -> None:
+        self._run = fetched(suite) / "run"
+        url = make_url(server_url)
+        self._server = Path(str(url.query["host"]))
+        self._auth_user = url.username
+        prepared = (
+            {}
+            if max_prepared_statements is None
+            # Both came with 1.21 and 1.23.
+            else {"max_prepared_statements": max_prepared_statements, "auth_dbname": "postgres"}
+        )
+        self._settings: dict[str, object] = prepared | {"default_pool_size": default_pool_size}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    async def __aenter__(self) -> Self:
+        # pytest's own folders can be too deep for a socket's path.
+        self._folder = Path(mkdtemp(prefix="todo-"))
+        self._write("users", f'"{_CONSOLE}" "{PASSWORD}"\n')
+        settings = {
+            "unix_socket_dir": self._folder,
+            "listen_port": 5432,
+            "logfile": self._folder / "log",
+            "auth_type": "scram-sha-256",
+            "auth_file": self._folder / "users",
+            "auth_query": "SELECT usename, passwd FROM pg_catalog.pg_shadow WHERE usename = $1",
+            "admin_users": _CONSOLE,
+            "pool_mode": "transaction",
+            "max_client_conn": 10_000,
+            "query_wait_timeout": 120,
+            "ignore_startup_parameters": "extra_float_digits",
+        } | self._settings
+        lines = "".join(f"{name} = {value}\n" for name, value in settings.items())
+        server = f"host={self._server} port=5432 auth_user={self._auth_user}"
+        self._write(
+            "ini",
+            f"[databases]\n* = {server} application_name=pgbouncer\n[pgbouncer]\n{lines}",
+        )
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.kill()
+        shutil.rmtree(self._folder)
+
+    async def start(self) -> None:
+        """Start it, and wait until it answers."""
+        user = () if os.geteuid() else ("-u", self._server.owner())
+        if user:
+            shutil.chown(self._folder, self._server.owner())
+        self._process = subprocess.Popen(
+            [self._run, "pgbouncer", "-q", *user, self._folder / "ini"],
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    await self.console("SHOW VERSION")
+                except OSError:
+                    assert self._process.poll() is None, (self._folder / "log").read_text()
+                    await asyncio.sleep(0.01)
+                else:
+                    return
+
+    def kill(self) -> None:
+        """End it as Neon does when a compute goes to sleep: its clients see a closed socket."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+            (self._folder / _SOCKET).unlink(missing_ok=True)
+
+    async def console(self, command: str) -> None:
+        """Run a command of the operator's, such as PAUSE, RESUME or RECONNECT."""
+        connection: Connection = await asyncpg.connect(
+            host=str(self._folder), user=_CONSOLE, password=PASSWORD, database="pgbouncer"
+        )
+        await connection.execute(command)
+        await connection.close()
+
+    def url(self, user: str, database: str, *, password: str = PASSWORD) -> str:
+        return (
+            make_url(f"postgresql:///{database}")
+            .set(username=user, password=password, query={"host": str(self._folder)})
+            .render_as_string(hide_password=False)
+        )
+
+    def _write(self, name: str, content: str) -> None:
+        path = self._folder / name
+        path.write_text(content)
+        # It is read again, and by then not as root.
+        path.chmod(0o644)
