@@ -648,6 +648,25 @@ async def titles_and_names(owner: Connection) -> tuple[list[str], list[str]]:
     return [row["title"] for row in titles], [row["name"] for row in names]
 
 
+class TestSchemaChange:
+    async def test_P14_F38_prepared_statements_heal_by_themselves(
+        self, db: Database, owner: Connection
+    ) -> None:
+        task = await db.tasks.create("alice", "Buy milk")
+        for length in (300, 250):
+            assert await db.tasks.get("alice", task.id) == task
+            await owner.execute(f"ALTER TABLE tasks ALTER title TYPE varchar({length})")
+        assert await db.tasks.get("alice", task.id) == task
+        assert (await db.tasks.toggle("alice", task.id)).completed
+
+    async def test_one_that_was_deallocated_is_prepared_again(self, db: Database) -> None:
+        task = await db.tasks.create("alice", "Buy milk")
+        for lease in db._pool._idle:
+            await lease.driver.execute("DEALLOCATE ALL")
+        assert (await db.tasks.create("alice", "Buy bread")).id > task.id
+        assert await db.tasks.count("alice") == 2
+
+
 class TestLostCommit:
     def test_tables_have_a_line_for_every_public_method(self) -> None:
         named = {line.partition(" ")[0] for line in (ANSWERS | IS_UNKNOWN)}

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import socket
 import ssl
 from collections.abc import Iterator
 
@@ -242,6 +243,13 @@ class TestTranslated:
     def test_T3_a_bad_certificate_is_permanent(self) -> None:
         error = translated(ssl.SSLCertVerificationError(1, "swordfish"))
         assert type(error) is ConfigurationError
+
+    def test_F32_an_unknown_host_is_permanent_and_a_busy_name_server_is_not(self) -> None:
+        unknown = translated(socket.gaierror(socket.EAI_NONAME, "swordfish"))
+        assert type(unknown) is ConfigurationError
+        busy = translated(socket.gaierror(socket.EAI_AGAIN, "swordfish"))
+        assert isinstance(busy, UnavailableError)
+        assert busy.transient
 
     def test_anything_else_is_named_by_its_class_only(self) -> None:
         error = translated(asyncpg.InterfaceError("swordfish"))

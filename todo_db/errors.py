@@ -28,6 +28,7 @@ A message names fields, constraints and SQLSTATEs, never a value, a statement or
 """
 
 from collections.abc import Callable, Iterator
+from socket import EAI_AGAIN, gaierror
 from ssl import SSLCertVerificationError
 from typing import Final, override
 
@@ -235,6 +236,8 @@ def _from_kind(error: BaseException) -> TodoDBError:
     match error:
         case TimeoutError():
             return CallTimeoutError("the database did not answer in time")
+        case gaierror() if error.errno != EAI_AGAIN:
+            return ConfigurationError("the host of the database URL is unknown")
         case SSLCertVerificationError():
             # An OSError like those below, but it will not go away by itself.
             return ConfigurationError("the server's certificate cannot be verified")

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, Literal, cast
 
+import asyncpg
 from sqlalchemy import Executable, Result, TextClause, TextualSelect
 from sqlalchemy.exc import CompileError, DBAPIError, StatementError
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -42,6 +43,13 @@ _ALLOWED: Final = re.compile(
 _UNLOCK: Final = "SELECT pg_catalog.pg_advisory_unlock_all()"
 _TIDY: Final = f"{_UNLOCK};RESET ALL;"
 _ROLLBACK_SECONDS: Final = 2.0
+# The schema changed under a prepared statement, or somebody deallocated it.
+_STALE: Final = (
+    asyncpg.InvalidCachedStatementError,
+    asyncpg.InvalidSQLStatementNameError,
+    asyncpg.OutdatedSchemaCacheError,
+    BufferError,
+)
 
 _logger: Final = logging.getLogger("todo_db")
 
@@ -190,7 +198,7 @@ class Transaction:
     async def _fetch(self, sql: str, *arguments: object) -> Sequence[Row]:
         self._enter()
         try:
-            return await self._driver.fetch(sql, *arguments)
+            return await self._driver.fetch(f"{sql}{self._lease.mark}", *arguments)
         except Exception as error:  # noqa: BLE001  # raised again, as ours
             failure = self._failed(error)
         except BaseException:
@@ -236,6 +244,9 @@ class Transaction:
 
     def _failed(self, error: Exception) -> TodoDBError:
         self._fail(error)
+        if isinstance(error, _STALE):
+            self._lease.distrust()
+            return UnavailableError("a prepared statement was out of date", transient=True)
         failure = translated(error)
         if self._driver.is_closed() and not isinstance(failure, UnavailableError):
             return UnavailableError("the connection was lost", transient=True)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Final, cast
 
 import asyncpg
@@ -53,9 +54,10 @@ class Lease:
         driver: asyncpg's connection, outside any transaction.
     """
 
-    __slots__ = ("_engine", "_fairy", "_opened", "driver")
+    __slots__ = ("_engine", "_fairy", "_opened", "_pool", "driver")
 
-    def __init__(self, engine: AsyncEngine, fairy: PoolProxiedConnection) -> None:
+    def __init__(self, pool: "Pool", engine: AsyncEngine, fairy: PoolProxiedConnection) -> None:
+        self._pool = pool
         self._engine = engine
         self._fairy = fairy
         self._opened = time.monotonic()
@@ -70,6 +72,20 @@ class Lease:
     def is_old(self) -> bool:
         """Whether it has served long enough."""
         return time.monotonic() - self._opened > _RECYCLE_SECONDS
+
+    @property
+    def mark(self) -> str:
+        """What has to stand behind every statement; see `distrust`."""
+        return self._pool.mark
+
+    def distrust(self) -> None:
+        """Have every statement prepared anew, on all connections, under another text.
+
+        After a change of the schema a prepared statement fails, or worse, is read by its old
+        description. PgBouncer keeps one for each text, for good, and nobody on Neon can make it
+        forget; so the text has to change.
+        """
+        self._pool.mark = f" /* {token_hex(4)} */"
 
     def terminate(self) -> None:
         """Cut the connection, because nobody knows what state it is in. Does not wait."""
@@ -131,6 +147,7 @@ class Pool:
         self._waiting = 0
         self._keeping = True
         self._closing = asyncio.Lock()
+        self.mark = ""
 
     @property
     def status(self) -> PoolStatus:
@@ -208,7 +225,7 @@ class Pool:
         except Exception as error:  # noqa: BLE001  # raised again, as ours
             failure = _connect_failure(error, self._engine.url)
         else:
-            return Lease(self._engine, fairy)
+            return Lease(self, self._engine, fairy)
         raise failure
 
     async def _wait(self) -> None:
