@@ -361,7 +361,7 @@ class TestCommandLine:
         monkeypatch.chdir(tmp_path)
         monkeypatch.delenv("DATABASE_URL", raising=False)
         monkeypatch.delenv("DIRECT_DATABASE_URL", raising=False)
-        with pytest.raises(CommandError, match="^DATABASE_URL is not set$"):
+        with pytest.raises(CommandError, match=r"^DATABASE_URL is not set$"):
             await asyncio.to_thread(command.current, alembic_config())
 
     async def test_runs_from_the_root(self, empty: str) -> None:
