@@ -99,7 +99,7 @@ class PgBouncer:
         user = () if os.geteuid() else ("-u", self._server.owner())
         if user:
             shutil.chown(self._folder, self._server.owner())
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: ASYNC220  # to be killed by functions too
             [self._run, "pgbouncer", "-q", *user, self._folder / "ini"],
             cwd="/",
             stdin=subprocess.DEVNULL,

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import time
 from pathlib import Path
 from secrets import token_hex
@@ -26,6 +27,11 @@ from todo_db.settings import Settings
 
 _RECYCLE_SECONDS: Final = 1800.0
 _CLOSE_SECONDS: Final = 2.0
+# PgBouncer has one SQLSTATE, 08P01, for whatever it refuses; these will pass.
+_BUSY: Final = re.compile(
+    "no more connections allowed|server login has been failing|query_wait_timeout"
+    "|cannot connect to server|shutting down"
+)
 
 _LOGGER: Final = "todo_db"
 _logger: Final = logging.getLogger(_LOGGER)
@@ -262,6 +268,9 @@ def _connect_failure(error: BaseException, url: URL) -> TodoDBError:
     folder = url.query.get("host")
     if isinstance(error, FileNotFoundError) and not Path(str(folder)).is_dir():
         return ConfigurationError("the socket folder of the URL does not exist")
+    refusal = error.__cause__ or error
+    if isinstance(refusal, asyncpg.ProtocolViolationError) and not _BUSY.search(str(refusal)):
+        return ConfigurationError("the pooler refused the login, or a startup parameter")
     if isinstance(error, TimeoutError):
         return UnavailableError("the database did not answer in time", transient=True)
     return translated(error)
