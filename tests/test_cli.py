@@ -1,4 +1,5 @@
 import asyncio
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from todo_db import Database, cli
 from todo_db.cli import app, demo
-from todo_db.embedded import OWNER, EmbeddedPostgres
+from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
 from todo_db.errors import TaskNotFoundError, UnavailableError
 from todo_db.models import REVISION
 
@@ -155,6 +156,40 @@ class TestHealth:
         assert result.exit_code == 1
         assert UnavailableError.__name__ in result.output
         assert MARKER not in result.output
+
+
+class TestDoctor:
+    def test_says_what_is_wrong_and_what_to_do(self, set_url: str) -> None:
+        result = run("doctor")
+        assert result.exit_code == 1
+        found = ["durability-weakened"] * 3 + ["login-bypasses"]
+        assert re.findall(r"^ *([a-z]+-[a-z]+)  ", result.stdout, re.MULTILINE) == found
+        for name in ("fsync", "full_page_writes", "synchronous_commit", OWNER):
+            assert name in result.stdout
+        assert "CREATE ROLE todo_login LOGIN" in " ".join(result.stdout.split())
+        assert set_url not in result.output
+
+    def test_finds_nothing_where_all_is_well(
+        self,
+        todo_postgres: EmbeddedPostgres,  # noqa: ARG002  # makes the wheel's files readable for all
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        with EmbeddedPostgres(Path(".todo-db")) as server:
+            monkeypatch.setenv("DATABASE_URL", server.url())
+            assert run("migrate").exit_code == 0
+            server.create_login()
+            monkeypatch.setenv("DATABASE_URL", server.url(user=LOGIN))
+            result = run("doctor")
+        assert result.exit_code == 0
+        assert result.stdout.startswith("Nothing was found")
+
+    def test_unreachable_database_is_one_line_without_the_url(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("DATABASE_URL", f"postgresql://alice:{MARKER}@127.0.0.1:1/todo")
+        result = run("doctor")
+        assert result.exit_code == 1
+        assert result.output == "UnavailableError: the database cannot be reached\n"
 
 
 class TestUrl:

@@ -15,6 +15,7 @@ from typing import Annotated, Final
 import typer
 from alembic.config import CommandLine
 from alembic.util import CommandError
+from pydantic import SecretStr
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
@@ -27,6 +28,7 @@ from todo_db.cli import demo as story
 from todo_db.cli.seed import seed as seed_tasks
 from todo_db.cli.target import target
 from todo_db.database import Database
+from todo_db.doctor import examine
 from todo_db.embedded import EmbeddedPostgres
 from todo_db.engine import parse_url
 from todo_db.errors import TodoDBError, translated
@@ -162,6 +164,24 @@ def health() -> None:
     _out.print(table)
     if not state.ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Look for every known weakness of the database, the URL and the role; exit 1 on any."""
+    with _told(), target(_messages) as url:
+        findings = asyncio.run(examine(Settings(database_url=SecretStr(url))))
+    if not findings:
+        _out.print("Nothing was found: users are isolated, and what is committed stays.")
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("What was found", no_wrap=True)
+    table.add_column("Why it matters, and what to do")
+    for finding in findings:
+        where = Text.assemble((finding.code, "bold red"), f"\n{finding.subject}")
+        table.add_row(where, Text.assemble(finding.problem, (f"\n{finding.remedy}\n", "green")))
+    _out.print(table)
+    raise typer.Exit(1)
 
 
 @app.command()

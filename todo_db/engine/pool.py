@@ -80,6 +80,11 @@ class Lease:
         return time.monotonic() - self._opened > _RECYCLE_SECONDS
 
     @property
+    def transport(self) -> asyncio.BaseTransport:
+        """The line to the server, to be judged by what it is."""
+        return cast("asyncio.BaseTransport", cast("Any", self.driver)._transport)  # noqa: SLF001  # the driver has no other way
+
+    @property
     def mark(self) -> str:
         """What has to stand behind every statement; see `distrust`."""
         return self._pool.mark

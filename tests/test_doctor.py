@@ -1,0 +1,530 @@
+"""Plants each weakness in a sound database, and sees it found, alone, with its name."""
+
+import asyncio
+import ssl
+import time
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+import pytest_asyncio
+from cluster import OWNER, Cluster
+from driver import Connection
+
+from todo_db import doctor
+from todo_db.doctor import examine
+from todo_db.doctor.checks import CHECKS
+from todo_db.embedded import LOGIN, EmbeddedPostgres
+from todo_db.errors import ConfigurationError, SchemaError, TodoDBError, UnavailableError
+from todo_db.migrations import downgrade, upgrade
+from todo_db.settings import Settings
+
+type Found = set[tuple[str, str]]
+
+TEMPLATE = "todo_template"
+DATABASE = "todo_planted"
+MARKER = "hunter2"
+
+# Tests start their server with fsync off, and with nothing else amiss.
+SOUND: Found = {("durability-weakened", "fsync")}
+
+MINE = "user_id = (SELECT nullif(current_setting('todo_db.user_id', true), ''))"
+NOTES = f"""
+    CREATE TABLE notes (user_id text);
+    ALTER TABLE notes ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+    CREATE POLICY own ON notes TO todo_app USING ({MINE});
+    CREATE POLICY fence ON notes AS RESTRICTIVE TO todo_app USING ({MINE});
+    GRANT SELECT, INSERT ON notes TO todo_app;
+"""
+HELPER = f"""{NOTES}
+    CREATE FUNCTION me() RETURNS text LANGUAGE sql IMMUTABLE
+        RETURN nullif(current_setting('todo_db.user_id', true), '');
+    ALTER POLICY own ON notes USING (user_id = me());
+"""
+UNKEYED = "ALTER TABLE tasks DROP CONSTRAINT fk_tasks_user_id_users"
+KEYED = f"""{UNKEYED}, ADD CONSTRAINT fk_tasks_user_id_users
+    FOREIGN KEY (user_id) REFERENCES users"""
+
+
+@dataclass(frozen=True)
+class Plant:
+    """What the owner of the tables does to them, and what the doctor says of it.
+
+    Attributes:
+        undo: For what outlives the database; then a superuser does both.
+    """
+
+    code: str
+    subject: str
+    sql: str
+    undo: str = ""
+
+
+PLANTS = (
+    # A2 A3 A4: roles
+    Plant(
+        "role-bypasses",
+        "todo_app",
+        "ALTER ROLE todo_app BYPASSRLS",
+        "ALTER ROLE todo_app NOBYPASSRLS",
+    ),
+    Plant(
+        "role-bypasses",
+        "todo_app",
+        "ALTER ROLE todo_app SUPERUSER",
+        "ALTER ROLE todo_app NOSUPERUSER",
+    ),
+    Plant(
+        "role-member",
+        "boss",
+        "CREATE ROLE boss BYPASSRLS; GRANT boss TO todo_app",
+        "DROP ROLE boss",
+    ),
+    Plant("role-member", "boss", "CREATE ROLE boss; GRANT boss TO todo_app", "DROP ROLE boss"),
+    Plant(
+        "role-owns",
+        "public.tasks",
+        "ALTER TABLE tasks OWNER TO todo_app",
+        f"ALTER TABLE tasks OWNER TO {OWNER}",
+    ),
+    Plant(
+        "login-bypasses", LOGIN, f"ALTER ROLE {LOGIN} BYPASSRLS", f"ALTER ROLE {LOGIN} NOBYPASSRLS"
+    ),
+    Plant("login-bypasses", LOGIN, f"GRANT {OWNER} TO {LOGIN}", f"REVOKE {OWNER} FROM {LOGIN}"),
+    Plant("login-not-member", LOGIN, f"REVOKE todo_app FROM {LOGIN}", f"GRANT todo_app TO {LOGIN}"),
+    Plant(
+        "owner-blind",
+        "public.users",
+        "CREATE ROLE carol; ALTER TABLE users OWNER TO carol",
+        "ALTER TABLE users OWNER TO postgres; DROP ROLE carol",
+    ),
+    # A1 A9: row-level security
+    Plant("rls-disabled", "public.tasks", "ALTER TABLE tasks DISABLE ROW LEVEL SECURITY"),
+    Plant(
+        "rls-disabled", "public.notes", "CREATE TABLE notes (); GRANT DELETE ON notes TO todo_app"
+    ),
+    Plant(
+        "rls-disabled",
+        "public.notes",
+        "CREATE TABLE notes (a text); GRANT SELECT (a) ON notes TO PUBLIC",
+    ),
+    Plant("rls-not-forced", "public.users", "ALTER TABLE users NO FORCE ROW LEVEL SECURITY"),
+    # B1 B2 B3 B4: policies
+    Plant("policy-missing", "public.tasks", "DROP POLICY tasks_own ON tasks"),
+    Plant("policy-fence-missing", "public.users", "DROP POLICY users_fence ON users"),
+    Plant(
+        "policy-constant",
+        "extra on public.tasks",
+        "CREATE POLICY extra ON tasks TO todo_app USING (true)",
+    ),
+    Plant(
+        "policy-constant",
+        "extra on public.tasks",
+        "CREATE POLICY extra ON tasks FOR SELECT TO todo_app USING (1 = 1)",
+    ),
+    Plant(
+        "policy-constant",
+        "tasks_own on public.tasks",
+        "ALTER POLICY tasks_own ON tasks WITH CHECK (true)",
+    ),
+    Plant(
+        "policy-public", "tasks_own on public.tasks", "ALTER POLICY tasks_own ON tasks TO PUBLIC"
+    ),
+    Plant(
+        "policy-altered",
+        "tasks_own on public.tasks",
+        f"ALTER POLICY tasks_own ON tasks USING ({MINE} OR current_setting('x', true) IS NULL)",
+    ),
+    Plant(
+        "policy-altered",
+        "tasks_own on public.tasks",
+        """ALTER POLICY tasks_own ON tasks USING
+        (user_id = (SELECT current_setting('todo_db.user_id', true)))""",
+    ),
+    Plant("policy-helper", "public.me()", HELPER),
+    Plant("policy-helper", "public.me()", f"{HELPER}; ALTER FUNCTION me() VOLATILE"),
+    # C1 C2 C3: objects that change whose rights apply
+    Plant(
+        "function-search-path",
+        "public.everything()",
+        "CREATE FUNCTION everything() RETURNS bigint LANGUAGE sql AS 'SELECT count(*) FROM tasks'",
+    ),
+    Plant(
+        "function-search-path",
+        "public.set_updated_at()",
+        "ALTER FUNCTION set_updated_at() RESET search_path",
+    ),
+    Plant(
+        "function-definer",
+        "public.everything()",
+        """CREATE FUNCTION everything() RETURNS bigint LANGUAGE sql SECURITY DEFINER
+        RETURN (SELECT count(*) FROM tasks)""",
+    ),
+    Plant(
+        "view-owner-rights",
+        "public.everything",
+        "CREATE VIEW everything AS SELECT * FROM tasks; GRANT SELECT ON everything TO todo_app",
+    ),
+    Plant(
+        "view-materialized",
+        "public.everything",
+        """CREATE MATERIALIZED VIEW everything AS SELECT * FROM tasks;
+        GRANT SELECT (title) ON everything TO PUBLIC""",
+    ),
+    # A7 A8 D2: grants
+    *(
+        Plant(
+            "grant-column",
+            f"{way} ({column}) on public.{table}",
+            f"GRANT {way} ({column}) ON {table} TO todo_app",
+        )
+        for way, table, column in (
+            ("INSERT", "tasks", "id"),
+            ("INSERT", "users", "created_at"),
+            ("UPDATE", "tasks", "user_id"),
+            ("UPDATE", "tasks", "updated_at"),
+            ("UPDATE", "users", "id"),
+            ("UPDATE", "users", "email"),
+        )
+    ),
+    *(
+        Plant("grant-table", "public.tasks", f"GRANT {way} ON tasks TO todo_app")
+        for way in ("TRUNCATE", "TRIGGER", "REFERENCES", "REFERENCES (id)")
+    ),
+    Plant(
+        "grant-sequence",
+        "public.tasks_id_seq",
+        "GRANT SELECT ON SEQUENCE tasks_id_seq TO todo_app",
+    ),
+    Plant("grant-version", "public.alembic_version", "GRANT DELETE ON alembic_version TO PUBLIC"),
+    Plant("grant-temporary", DATABASE, f"GRANT TEMPORARY ON DATABASE {DATABASE} TO PUBLIC"),
+    Plant(
+        "grant-create", f"DATABASE {DATABASE}", f"GRANT CREATE ON DATABASE {DATABASE} TO todo_app"
+    ),
+    Plant("grant-create", "SCHEMA public", "GRANT CREATE ON SCHEMA public TO PUBLIC"),
+    Plant("grant-default", OWNER, "ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO todo_app"),
+    # What the tables promise
+    Plant(
+        "identity-not-always",
+        "public.tasks.id",
+        "ALTER TABLE tasks ALTER id SET GENERATED BY DEFAULT",
+    ),
+    Plant("identity-not-always", "public.tasks.id", "ALTER TABLE tasks ALTER id DROP IDENTITY"),
+    *(
+        Plant("sequence-unsteady", "public.tasks_id_seq", f"ALTER SEQUENCE tasks_id_seq {how}")
+        for how in ("CYCLE", "CACHE 50", "INCREMENT -1 START -1 MINVALUE -9 MAXVALUE 1")
+    ),
+    Plant("trigger-missing", "public.users", "DROP TRIGGER update_users_updated_at ON users"),
+    Plant("trigger-disabled", "public.tasks", "ALTER TABLE tasks DISABLE TRIGGER USER"),
+    Plant(
+        "trigger-disabled",
+        "public.tasks",
+        "ALTER TABLE tasks ENABLE REPLICA TRIGGER update_tasks_updated_at",
+    ),
+    Plant("foreign-key-missing", "public.tasks", UNKEYED),
+    Plant("foreign-key-weak", "fk_tasks_user_id_users on public.tasks", KEYED),
+    Plant(
+        "foreign-key-weak",
+        "fk_tasks_user_id_users on public.tasks",
+        f"{KEYED} ON DELETE CASCADE NOT VALID",
+    ),
+    # Settings and state
+    Plant(
+        "durability-weakened",
+        "synchronous_commit",
+        f"ALTER DATABASE {DATABASE} SET synchronous_commit = off",
+    ),
+    Plant("durability-unlogged", "public.tasks", "ALTER TABLE tasks SET UNLOGGED"),
+    Plant(
+        "user-preset",
+        f"DATABASE {DATABASE}",
+        f"ALTER DATABASE {DATABASE} SET todo_db.user_id = '{MARKER}'",
+        f"ALTER DATABASE {DATABASE} RESET todo_db.user_id",
+    ),
+    Plant(
+        "user-preset",
+        f"ROLE {LOGIN}",
+        f"ALTER ROLE {LOGIN} SET todo_db.user_id = '{MARKER}'",
+        f"ALTER ROLE {LOGIN} RESET todo_db.user_id",
+    ),
+    Plant("migrations-missing", "alembic_version", "DROP TABLE alembic_version"),
+    Plant(
+        "migrations-unreadable",
+        "public.alembic_version",
+        "REVOKE SELECT ON alembic_version FROM todo_app",
+    ),
+    Plant(
+        "migrations-unreadable",
+        "public.alembic_version",
+        "REVOKE USAGE ON SCHEMA public FROM PUBLIC, todo_app",
+    ),
+    Plant("migrations-behind", "public.alembic_version", "DELETE FROM alembic_version"),
+    Plant(
+        "migrations-behind",
+        "public.alembic_version",
+        "UPDATE alembic_version SET version_num = '0001'",
+    ),
+)
+ELSEWHERE = {"clock-skewed", "tls-missing", "tls-unverified"}
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    todo_postgres: EmbeddedPostgres,  # noqa: ARG001  # makes the wheel's files readable for all
+) -> Generator[Cluster]:
+    with Cluster(18) as server:
+        yield server
+
+
+@pytest_asyncio.fixture(scope="module")
+async def template(cluster: Cluster) -> str:
+    """A migrated database to copy."""
+    await upgrade(await cluster.create_database(TEMPLATE))
+    await cluster.execute(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app")
+    return TEMPLATE
+
+
+@pytest_asyncio.fixture
+async def place(cluster: Cluster, template: str) -> AsyncGenerator[Cluster]:
+    """The server, with a sound database to plant in."""
+    await cluster.execute(
+        f"CREATE DATABASE {DATABASE} TEMPLATE {template} OWNER {OWNER}",
+        f"REVOKE TEMPORARY ON DATABASE {DATABASE} FROM PUBLIC",
+    )
+    yield cluster
+    await cluster.execute(f"DROP DATABASE {DATABASE} WITH (FORCE)")
+
+
+async def found(place: Cluster, login: str = LOGIN) -> Found:
+    """Return what is found besides what is amiss with every server of the tests."""
+    findings = await examine(Settings(database_url=place.url(login, DATABASE)))
+    assert findings == sorted(findings)
+    seen = {(finding.code, finding.subject) for finding in findings}
+    assert len(seen) == len(findings)
+    assert seen >= SOUND
+    assert MARKER not in str(findings)
+    return seen - SOUND
+
+
+@asynccontextmanager
+async def planted(place: Cluster, plant: Plant) -> AsyncGenerator[None]:
+    connection = await place.connect("postgres" if plant.undo else OWNER, DATABASE)
+    await connection.execute(plant.sql)
+    try:
+        yield
+    finally:
+        if plant.undo:
+            await connection.execute(plant.undo)
+        await connection.close()
+
+
+class TestExamine:
+    async def test_finds_nothing_as_the_recommended_login(self, place: Cluster) -> None:
+        assert await found(place) == set()
+
+    async def test_finds_nothing_as_a_login_that_does_not_inherit(self, place: Cluster) -> None:
+        plant = Plant(
+            "",
+            "",
+            "CREATE ROLE dora LOGIN NOINHERIT IN ROLE todo_app",
+            "DROP ROLE dora",
+        )
+        async with planted(place, plant):
+            assert await found(place, "dora") == set()
+
+    @pytest.mark.parametrize("login", [OWNER, "postgres"])
+    async def test_A5_finds_only_the_login_where_it_bypasses(
+        self, place: Cluster, login: str
+    ) -> None:
+        assert await found(place, login) == {("login-bypasses", login)}
+
+    async def test_finds_what_is_off_in_the_embedded_server_of_the_tests(
+        self, todo_postgres: EmbeddedPostgres, todo_database_name: str
+    ) -> None:
+        url = todo_postgres.url(user=LOGIN, database=todo_database_name)
+        assert [
+            (finding.code, finding.subject) for finding in await examine(Settings(database_url=url))
+        ] == [
+            ("durability-weakened", "fsync"),
+            ("durability-weakened", "full_page_writes"),
+            ("durability-weakened", "synchronous_commit"),
+        ]
+
+    @pytest.mark.parametrize(
+        "plant", PLANTS, ids=lambda plant: f"{plant.code}: {' '.join(plant.sql.split())[-60:]}"
+    )
+    async def test_finds(self, place: Cluster, plant: Plant) -> None:
+        async with planted(place, plant):
+            assert await found(place) == {(plant.code, plant.subject)}
+
+    @pytest.mark.parametrize(
+        ("harmless", "undo"),
+        [
+            (NOTES, ""),
+            (
+                "CREATE ROLE todo_auth; CREATE POLICY auth ON users TO todo_auth USING (true)",
+                "DROP OWNED BY todo_auth; DROP ROLE todo_auth",
+            ),
+            ("CREATE TABLE secrets (); CREATE MATERIALIZED VIEW counts AS SELECT 1", ""),
+            (
+                """CREATE VIEW mine WITH (security_invoker = yes) AS SELECT * FROM tasks;
+                GRANT SELECT ON mine TO todo_app""",
+                "",
+            ),
+            (
+                """CREATE FUNCTION own() RETURNS bigint LANGUAGE sql SECURITY DEFINER
+                    RETURN (SELECT count(*) FROM tasks);
+                REVOKE EXECUTE ON FUNCTION own() FROM PUBLIC""",
+                "",
+            ),
+            ("ALTER TABLE tasks ENABLE ALWAYS TRIGGER update_tasks_updated_at", ""),
+            ("UPDATE alembic_version SET version_num = '9999'", ""),
+            (
+                f"ALTER ROLE {LOGIN} SET search_path = nowhere",
+                f"ALTER ROLE {LOGIN} RESET search_path",
+            ),
+        ],
+    )
+    async def test_is_silent_about_what_is_harmless(
+        self, place: Cluster, harmless: str, undo: str
+    ) -> None:
+        async with planted(place, Plant("", "", harmless, undo)):
+            assert await found(place) == set()
+
+    async def test_says_all_of_several(self, place: Cluster) -> None:
+        several = (
+            "CREATE TABLE notes (); GRANT ALL ON notes TO PUBLIC; DROP POLICY tasks_own ON tasks"
+        )
+        async with planted(place, Plant("", "", several)):
+            assert await found(place) == {
+                ("grant-table", "public.notes"),
+                ("policy-missing", "public.tasks"),
+                ("rls-disabled", "public.notes"),
+            }
+
+    async def test_says_what_is_missing_in_a_database_without_our_tables(
+        self, place: Cluster
+    ) -> None:
+        await downgrade(place.url(OWNER, DATABASE), "base")
+        assert await found(place) == {
+            ("grant-temporary", DATABASE),
+            ("migrations-missing", "tasks"),
+            ("migrations-missing", "users"),
+            ("migrations-unreadable", "public.alembic_version"),
+        }
+
+    async def test_says_what_is_missing_in_a_cluster_without_our_role(
+        self,
+        todo_postgres: EmbeddedPostgres,  # noqa: ARG002  # as for `cluster`
+    ) -> None:
+        with Cluster(16) as server:
+            await server.create_database(DATABASE)
+            assert await found(server, "postgres") == {
+                ("login-bypasses", "postgres"),
+                *(("migrations-missing", name) for name in ("alembic_version", "tasks", "users")),
+                ("migrations-missing", "todo_app"),
+            }
+
+    async def test_remedy_is_sql_with_the_name_in_it(self, place: Cluster) -> None:
+        (plant,) = (plant for plant in PLANTS if plant.code == "rls-not-forced")
+        async with planted(place, plant):
+            findings = await examine(Settings(database_url=place.url(LOGIN, DATABASE)))
+        (finding,) = (f for f in findings if f.code == plant.code)
+        assert finding.remedy == "ALTER TABLE public.users FORCE ROW LEVEL SECURITY"
+        connection: Connection = await place.connect(OWNER, DATABASE)
+        await connection.execute(finding.remedy)
+        await connection.close()
+        assert await found(place) == set()
+
+    async def test_changes_nothing(self, place: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor, "QUERY", "DELETE FROM public.tasks RETURNING '', ''")
+        with pytest.raises(TodoDBError):
+            await found(place)
+
+    @pytest.mark.parametrize("drift", [-6.0, 6.0])
+    async def test_finds_a_clock_that_is_off(
+        self, place: Cluster, monkeypatch: pytest.MonkeyPatch, drift: float
+    ) -> None:
+        monkeypatch.setattr(doctor, "time", lambda: time.time() + drift)
+        assert await found(place) == {("clock-skewed", "the server")}
+
+    @pytest.mark.parametrize("drift", [-4.0, 4.0])
+    async def test_allows_a_clock_that_is_a_little_off(
+        self, place: Cluster, monkeypatch: pytest.MonkeyPatch, drift: float
+    ) -> None:
+        monkeypatch.setattr(doctor, "time", lambda: time.time() + drift)
+        assert await found(place) == set()
+
+    async def test_judges_its_own_connection(
+        self, place: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[object] = []
+
+        def judge(transport: asyncio.BaseTransport) -> str:
+            seen.append(transport.get_extra_info("socket").family.name)
+            return "tls-missing"
+
+        monkeypatch.setattr(doctor, "_line_weakness", judge)
+        assert await found(place) == {("tls-missing", "the connection")}
+        assert seen == ["AF_UNIX"]
+
+    async def test_failure_is_of_our_tree_without_a_value(
+        self, place: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(doctor, "QUERY", f"SELECT '{MARKER}' FROM nowhere")
+        with pytest.raises(SchemaError) as failed:
+            await found(place)
+        assert failed.value.__cause__ is failed.value.__context__ is None
+        assert MARKER not in str(failed.value)
+
+    async def test_unreachable_database_is_unavailable(self) -> None:
+        url = f"postgresql://alice:{MARKER}@127.0.0.1:1/todo"
+        with pytest.raises(UnavailableError) as failed:
+            await examine(Settings(database_url=url))
+        assert MARKER not in str(failed.value)
+
+    async def test_without_a_url_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("DATABASE_URL", raising=False)
+        with pytest.raises(ConfigurationError):
+            await examine(Settings())
+
+
+class TestLineWeakness:
+    REMOTE = ("203.0.113.7", 5432)
+
+    @staticmethod
+    def weakness(peer: object, context: ssl.SSLContext | None = None) -> str | None:
+        tls = context and context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="db")
+        return doctor._line_weakness(asyncio.BaseTransport({"peername": peer, "ssl_object": tls}))
+
+    @pytest.mark.parametrize("peer", ["", "/run/.s.PGSQL.5432", ("127.0.0.9", 1), ("::1", 1, 0, 0)])
+    def test_none_on_this_machine(self, peer: object) -> None:
+        assert self.weakness(peer) is None
+
+    @pytest.mark.parametrize("peer", [REMOTE, ("10.0.0.1", 5432), ("2001:db8::1", 5432, 0, 0)])
+    def test_T1_clear_text_to_another_machine(self, peer: object) -> None:
+        assert self.weakness(peer) == "tls-missing"
+
+    def test_T2_verified_certificate_is_sound(self) -> None:
+        assert self.weakness(self.REMOTE, ssl.create_default_context()) is None
+
+    def test_T1_certificate_of_any_host(self) -> None:
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        assert self.weakness(self.REMOTE, context) == "tls-unverified"
+
+    def test_T1_certificate_of_anybody(self) -> None:
+        context = ssl.create_default_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        assert self.weakness(self.REMOTE, context) == "tls-unverified"
+
+
+class TestChecks:
+    def test_each_has_been_seen_red(self) -> None:
+        assert {plant.code for plant in PLANTS} | ELSEWHERE == CHECKS.keys()
+
+    def test_what_the_catalogue_cannot_know_is_asked_elsewhere(self) -> None:
+        without_sql = {code for code, check in CHECKS.items() if not check.sql}
+        assert without_sql == ELSEWHERE | {"migrations-behind"}
