@@ -52,6 +52,8 @@ async def _connect() -> None:
     try:
         engine = direct_engine(context.config.attributes.get("url"))
     except ConfigurationError as error:
+        if "url" in context.config.attributes:
+            raise
         # One line on Alembic's own command line, instead of a traceback.
         raise CommandError(str(error)) from None
     try:

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import Final
 
+import asyncpg
 import pytest
 import pytest_asyncio
 from driver import Connection
@@ -25,6 +26,7 @@ from todo_db import (
 )
 from todo_db.embedded import LOGIN, EmbeddedPostgres
 from todo_db.engine import Lease, Pool
+from todo_db.engine.pool import _connect_failure
 from todo_db.records import PoolStatus
 
 MARKER: Final = "hunter2"
@@ -272,6 +274,27 @@ class TestConnecting:
                 assert (await database.users.get("alice")).id == "alice"
         assert b"__asyncpg_" not in proxy.sent
         assert b"BEGIN" in proxy.sent
+
+
+class TestRefusals:
+    """PgBouncer's, which have one SQLSTATE; `test_pooler` gets the real ones."""
+
+    @pytest.mark.parametrize(
+        ("text", "passes"),
+        [
+            ("SASL authentication failed", False),
+            ("no such user", False),
+            ("unsupported startup parameter: jit", False),
+            ("no more connections allowed (max_client_conn)", True),
+            ("server login has been failing, cached error: connect failed", True),
+            ("query_wait_timeout", True),
+        ],
+    )
+    def test_P3_P5_P9_what_passes_is_told_from_what_stays(self, text: str, passes: bool) -> None:  # noqa: FBT001
+        refusal = asyncpg.ProtocolViolationError(text)
+        failure = _connect_failure(refusal, make_url("postgresql://alice@localhost/todo"))
+        assert type(failure) is (UnavailableError if passes else ConfigurationError)
+        assert text not in str(failure)
 
 
 class TestSecrets:

@@ -35,6 +35,7 @@ from todo_db import (
 from todo_db.embedded import LOGIN, OWNER
 from todo_db.migrations import upgrade
 from todo_db.models import Task
+from todo_db.transaction import _begin_failure
 
 # Everything that BEGIN carries, and that must be gone after the end.
 CONTEXT: Final = """
@@ -463,6 +464,11 @@ class TestBrokenConnection:
             async with far.transaction("alice") as tx, tx.savepoint():
                 pytest.fail("the block must not run")
         assert await far.tasks.count("alice") == 0
+
+    def test_O2_begin_on_a_protocol_that_broke_down_is_unavailable(self) -> None:
+        failure = _begin_failure(asyncpg.InternalClientError("cannot switch to state 15"))
+        assert type(failure) is UnavailableError
+        assert failure.transient
 
     async def test_O2_protocol_that_broke_down_is_unavailable(self, db: Database) -> None:
         with pytest.raises(TransactionDoomedError):

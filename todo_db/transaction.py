@@ -391,9 +391,10 @@ def _begin_failure(error: Exception) -> TodoDBError:
             return ConfigurationError(f"the login is not a member of {ROLE}: GRANT {ROLE} TO it")
         case _:
             failure = translated(error)
-            if isinstance(failure, UnavailableError) or _is_verdict(error):
-                return failure
-            return UnavailableError("the connection was lost", transient=True)
+            # Whatever broke, nothing of the caller's had been sent.
+            broken = type(failure) is TodoDBError and not _is_verdict(error)
+            lost = UnavailableError("the connection was lost", transient=True)
+            return lost if broken else failure
 
 
 def _is_verdict(error: BaseException) -> bool:
