@@ -8,6 +8,7 @@ import asyncpg
 import pytest
 import pytest_asyncio
 from driver import Connection
+from proxy import Proxy
 
 from todo_db import Database
 from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
@@ -51,3 +52,22 @@ async def owner(
     connection = await asyncpg.connect(folder)
     yield connection
     await connection.close()
+
+
+@pytest_asyncio.fixture
+async def superuser(
+    todo_postgres: EmbeddedPostgres, todo_database_name: str
+) -> AsyncGenerator[Connection]:
+    """Who may do in this database what its owner may not, and sees what every backend does."""
+    connection = await asyncpg.connect(
+        todo_postgres.url(user="postgres", database=todo_database_name)
+    )
+    yield connection
+    await connection.close()
+
+
+@pytest_asyncio.fixture
+async def proxy(url: str) -> AsyncGenerator[Proxy]:
+    """The server by way of a proxy that counts, cuts and hangs."""
+    async with Proxy(url) as proxy:
+        yield proxy

@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator, Coroutine
 from itertools import product
 from typing import Any, Final
 
-import asyncpg
 import pytest
 import pytest_asyncio
 from driver import Connection
@@ -15,7 +14,7 @@ from proxy import BEGIN, COMMIT, ROLLBACK, STARTUP, Fault, Proxy, until
 from sqlalchemy import text
 
 from todo_db import Database
-from todo_db.embedded import LOGIN, EmbeddedPostgres
+from todo_db.embedded import LOGIN
 from todo_db.records import PoolStatus
 
 UNITS: Final = 1_500
@@ -26,24 +25,6 @@ WORKERS: Final = 4
 def login() -> str:
     """One is enough: connections are the same for both."""
     return LOGIN
-
-
-@pytest_asyncio.fixture
-async def proxy(url: str) -> AsyncGenerator[Proxy]:
-    async with Proxy(url) as proxy:
-        yield proxy
-
-
-@pytest_asyncio.fixture
-async def superuser(
-    todo_postgres: EmbeddedPostgres, todo_database_name: str
-) -> AsyncGenerator[Connection]:
-    """Sees what every backend of the database is doing."""
-    connection = await asyncpg.connect(
-        todo_postgres.url(user="postgres", database=todo_database_name)
-    )
-    yield connection
-    await connection.close()
 
 
 @pytest_asyncio.fixture

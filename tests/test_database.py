@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, override
 
-import asyncpg
 import pytest
 import pytest_asyncio
 from cluster import Cluster
@@ -45,29 +44,11 @@ def login() -> str:
 
 
 @pytest_asyncio.fixture
-async def proxy(url: str) -> AsyncGenerator[Proxy]:
-    async with Proxy(url) as proxy:
-        yield proxy
-
-
-@pytest_asyncio.fixture
 async def far(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
     """alice's and bob's database by way of the proxy, on one connection."""
     assert (await db.users.get("alice")).id == "alice"
     async with Database.from_url(proxy.url, pool_size=1, max_overflow=0) as database:
         yield database
-
-
-@pytest_asyncio.fixture
-async def superuser(
-    todo_postgres: EmbeddedPostgres, todo_database_name: str
-) -> AsyncGenerator[Connection]:
-    """Who may do in this database what its owner may not."""
-    connection = await asyncpg.connect(
-        todo_postgres.url(user="postgres", database=todo_database_name)
-    )
-    yield connection
-    await connection.close()
 
 
 @pytest.fixture

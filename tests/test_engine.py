@@ -52,12 +52,6 @@ async def pool(url: str) -> AsyncGenerator[Pool]:
     await pool.close()
 
 
-@pytest_asyncio.fixture
-async def proxy(url: str) -> AsyncGenerator[Proxy]:
-    async with Proxy(url) as proxy:
-        yield proxy
-
-
 @pytest.fixture
 def folder() -> Iterator[str]:
     """Short enough for the path of a socket in it."""

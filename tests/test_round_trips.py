@@ -104,12 +104,6 @@ def login() -> str:
 
 
 @pytest_asyncio.fixture
-async def proxy(url: str) -> AsyncGenerator[Proxy]:
-    async with Proxy(url) as proxy:
-        yield proxy
-
-
-@pytest_asyncio.fixture
 async def near(proxy: Proxy) -> AsyncGenerator[Database]:
     """Opened through the proxy, with one connection: what was warm stays warm."""
     async with Database.from_url(

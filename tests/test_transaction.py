@@ -74,12 +74,6 @@ def login() -> str:
 
 
 @pytest_asyncio.fixture
-async def proxy(url: str) -> AsyncGenerator[Proxy]:
-    async with Proxy(url) as proxy:
-        yield proxy
-
-
-@pytest_asyncio.fixture
 async def far(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
     """alice's and bob's database by way of the proxy: one connection, every call tried once."""
     assert (await db.users.get("alice")).id == "alice"

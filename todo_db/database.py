@@ -21,6 +21,7 @@ from todo_db.errors import (
     SchemaError,
     TodoDBError,
     UnavailableError,
+    connection_lost,
     translated,
 )
 from todo_db.models import REVISION
@@ -187,7 +188,7 @@ class Database:
                 # A statement of the caller's own lost a race, or its connection.
                 failure = translated(error)
                 if error.connection_invalidated:
-                    failure = UnavailableError("the connection was lost", transient=True)
+                    failure = connection_lost()
                 if not _is_transient(failure):
                     raise
             raise failure

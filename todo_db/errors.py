@@ -191,9 +191,15 @@ _BY_CONSTRAINT: Final[dict[str, Callable[[], TodoDBError]]] = {
     "ck_tasks_timestamps_range": lambda: InvalidInputError("created_at", "must be a usual date"),
 }
 
+
+def connection_lost() -> UnavailableError:
+    """Return what a connection that broke before any COMMIT means: nothing was applied."""
+    return UnavailableError("the connection was lost", transient=True)
+
+
 # https://www.postgresql.org/docs/current/errcodes-appendix.html; two characters are a class.
 _BY_SQLSTATE: Final[dict[str, Callable[[], TodoDBError]]] = {
-    "08": lambda: UnavailableError("the connection was lost", transient=True),
+    "08": connection_lost,
     "23505": ConflictError,
     "25006": lambda: TransactionError("a read-only transaction cannot write"),
     "25P02": TransactionDoomedError,

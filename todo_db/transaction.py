@@ -23,6 +23,7 @@ from todo_db.errors import (
     TransactionDoomedError,
     TransactionError,
     UnavailableError,
+    connection_lost,
     translated,
 )
 from todo_db.repositories import Call, TaskRepository, UserRepository
@@ -235,8 +236,7 @@ class Transaction:
             raise TransactionDoomedError
         if self._driver.is_closed():
             self._state = "lost"
-            message = "the connection was lost"
-            raise UnavailableError(message, transient=True)
+            raise connection_lost()
         if not self._driver.is_in_transaction():
             self._state = "lost"
             raise IsolationError("the transaction was ended behind its back")
@@ -249,7 +249,7 @@ class Transaction:
             return UnavailableError("a prepared statement was out of date", transient=True)
         failure = translated(error)
         if self._driver.is_closed() and not isinstance(failure, UnavailableError):
-            return UnavailableError("the connection was lost", transient=True)
+            return connection_lost()
         return failure
 
     def _fail(self, error: Exception) -> None:
@@ -295,7 +295,7 @@ class Transaction:
     async def _commit(self, *, read_only: bool) -> None:
         failure: TodoDBError
         if self._driver.is_closed():
-            failure = UnavailableError("the connection was lost", transient=True)
+            failure = connection_lost()
         elif not self._driver.is_in_transaction():
             failure = IsolationError("the transaction was ended behind its back")
             read_only = False
@@ -393,8 +393,7 @@ def _begin_failure(error: Exception) -> TodoDBError:
             failure = translated(error)
             # Whatever broke, nothing of the caller's had been sent.
             broken = type(failure) is TodoDBError and not _is_verdict(error)
-            lost = UnavailableError("the connection was lost", transient=True)
-            return lost if broken else failure
+            return connection_lost() if broken else failure
 
 
 def _is_verdict(error: BaseException) -> bool:
