@@ -187,6 +187,7 @@ class TestDoctor:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("DATABASE_URL", f"postgresql://alice:{MARKER}@127.0.0.1:1/todo")
+        monkeypatch.setenv("TODO_DB_RETRY_ATTEMPTS", "1")
         result = run("doctor")
         assert result.exit_code == 1
         assert result.output == "UnavailableError: the database cannot be reached\n"

@@ -734,7 +734,7 @@ class TestLostCommit:
         self, db: Database, proxy: Proxy, owner: Connection
     ) -> None:
         task = await db.tasks.create("alice", "old")
-        async with Database.from_url(proxy.url, retry_attempts=3) as far:
+        async with Database.from_url(proxy.url, retry_attempts=3, connect_retry_seconds=0) as far:
             calls: dict[str, Callable[[], Awaitable[object]]] = {
                 "update": lambda: far.tasks.update("alice", task.id, title="new"),
                 "delete": lambda: far.tasks.delete("alice", task.id),

@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 import pytest_asyncio
 from driver import Connection
-from proxy import GOODBYE, STARTUP, Fault, Proxy
+from proxy import GOODBYE, STARTUP, Fault, Proxy, until
 from sqlalchemy import make_url
 
 from todo_db import (
@@ -39,7 +39,8 @@ def login() -> str:
 
 
 def settings(url: str, **values: object) -> Settings:
-    return Settings(database_url=url, **({"pool_size": 2, "max_overflow": 0} | values))
+    defaults = {"pool_size": 2, "max_overflow": 0, "connect_retry_seconds": 0}
+    return Settings(database_url=url, **(defaults | values))
 
 
 @pytest_asyncio.fixture
@@ -270,6 +271,122 @@ class TestConnecting:
         assert b"BEGIN" in proxy.sent
 
 
+class TestConnectingAgain:
+    async def test_until_the_server_is_there(self, proxy: Proxy) -> None:
+        proxy.break_at(STARTUP, Fault.CUT_BEFORE, times=4)
+        pool = Pool(settings(proxy.url, connect_retry_seconds=20, retry_attempts=2))
+        await pool.release(await pool.acquire())
+        assert proxy.connections == 5
+        await pool.close()
+
+    async def test_until_its_time_is_up(self, proxy: Proxy) -> None:
+        proxy.break_at(STARTUP, Fault.CUT_BEFORE, times=99)
+        pool = Pool(settings(proxy.url, connect_retry_seconds=0.5))
+        with pytest.raises(UnavailableError) as caught:
+            await pool.acquire()
+        assert not caught.value.transient
+        assert proxy.connections > 1
+        assert pool.status == PoolStatus(2, 0, 0)
+        await pool.close()
+
+    async def test_A10_attempt_under_way_ends_when_its_time_is_up(self, proxy: Proxy) -> None:
+        proxy.break_at(STARTUP, Fault.HANG)
+        pool = Pool(settings(proxy.url, connect_retry_seconds=0.2))
+        async with asyncio.timeout(5):
+            with pytest.raises(UnavailableError):
+                await pool.acquire()
+        assert proxy.connections == 1
+        await pool.close()
+
+    async def test_used_up_time_is_not_used_again_by_the_call(self, proxy: Proxy) -> None:
+        proxy.break_at(STARTUP, Fault.HANG, times=99)
+        database = Database.from_url(proxy.url, connect_retry_seconds=0.2)
+        with pytest.raises(UnavailableError):
+            await database.open()
+        assert proxy.connections == 1
+
+    @pytest.mark.parametrize(
+        ("place", "values"),
+        [
+            ("nobody@/postgres", {}),
+            (f"{LOGIN}@/missing", {}),
+            (f"{LOGIN}@/postgres", {"retry_attempts": 1}),
+        ],
+    )
+    async def test_F42_never_after_what_stays_wrong_or_when_turned_off(
+        self, proxy: Proxy, place: str, values: dict[str, object]
+    ) -> None:
+        if values:
+            proxy.break_at(STARTUP, Fault.CUT_BEFORE)
+        url = f"postgresql://{place}?host={make_url(proxy.url).query['host']!s}"
+        pool = Pool(settings(url, connect_retry_seconds=20, **values))
+        with pytest.raises(TodoDBError):
+            await pool.acquire()
+        assert proxy.connections == 1
+        await pool.close()
+
+
+class TestLongIdle:
+    @pytest_asyncio.fixture
+    async def rested(
+        self, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    ) -> AsyncGenerator[tuple[Pool, Proxy]]:
+        """Two connections that have been idle for long, by way of a proxy."""
+        pool = Pool(settings(proxy.url))
+        for lease in [await pool.acquire(), await pool.acquire()]:
+            await pool.release(lease)
+        monkeypatch.setattr("todo_db.engine.pool._PING_AFTER_SECONDS", 0.0)
+        monkeypatch.setattr("todo_db.engine.pool._PING_SECONDS", 0.2)
+        yield pool, proxy
+        await pool.close()
+
+    async def test_connection_is_asked_once_for_one_round_trip(
+        self, rested: tuple[Pool, Proxy]
+    ) -> None:
+        pool, proxy = rested
+        before = proxy.round_trips
+        await pool.release(await pool.acquire())
+        assert proxy.round_trips == before + 1
+        assert proxy.connections == 2
+
+    async def test_connection_in_use_is_not_asked(self, proxy: Proxy) -> None:
+        far = Pool(settings(proxy.url))
+        await far.release(await far.acquire())
+        before = proxy.round_trips
+        await far.release(await far.acquire())
+        assert proxy.round_trips == before
+        await far.close()
+
+    async def test_A9_half_open_peer_is_replaced_and_so_are_the_others(
+        self, rested: tuple[Pool, Proxy]
+    ) -> None:
+        pool, proxy = rested
+        proxy.break_at(b"SELECT 1", Fault.HANG)
+        async with asyncio.timeout(5):
+            lease = await pool.acquire()
+        # The driver asks the server, over one more, to stop what takes so long.
+        assert proxy.connections == 2 + 1 + 1
+        assert await lease.driver.fetchval("SELECT 2") == 2
+        other = await pool.acquire()
+        assert proxy.connections == 2 + 1 + 2
+        for taken in (lease, other):
+            await pool.release(taken)
+
+    async def test_cancelled_while_it_asks_gives_the_place_back(
+        self, rested: tuple[Pool, Proxy]
+    ) -> None:
+        pool, proxy = rested
+        proxy.break_at(b"SELECT 1", Fault.HANG)
+        asking = asyncio.create_task(pool.acquire())
+        await until(lambda: not proxy.pending)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert pool.status == PoolStatus(2, 0, 0)
+        for lease in [await pool.acquire(), await pool.acquire()]:
+            await pool.release(lease)
+
+
 class TestRefusals:
     """PgBouncer's, which have one SQLSTATE; `test_pooler` gets the real ones."""
 
@@ -320,7 +437,12 @@ class TestSecrets:
         errors: list[BaseException] = []
         shown: list[str] = []
         for broken in (no_user, no_database, no_server, no_folder, hanging, hanging):
-            database = Database.from_url(broken, retry_attempts=tries, connect_timeout_seconds=0.05)
+            database = Database.from_url(
+                broken,
+                retry_attempts=tries,
+                connect_timeout_seconds=0.05,
+                connect_retry_seconds=0,
+            )
             with pytest.raises(TodoDBError) as caught:
                 await database.open()
             errors.append(caught.value)

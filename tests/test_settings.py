@@ -19,6 +19,7 @@ VARIABLES = {
     "max_overflow": "TODO_DB_MAX_OVERFLOW",
     "pool_timeout_seconds": "TODO_DB_POOL_TIMEOUT_SECONDS",
     "connect_timeout_seconds": "TODO_DB_CONNECT_TIMEOUT_SECONDS",
+    "connect_retry_seconds": "TODO_DB_CONNECT_RETRY_SECONDS",
     "command_timeout_seconds": "TODO_DB_COMMAND_TIMEOUT_SECONDS",
     "statement_timeout_seconds": "TODO_DB_STATEMENT_TIMEOUT_SECONDS",
     "lock_timeout_seconds": "TODO_DB_LOCK_TIMEOUT_SECONDS",
@@ -36,6 +37,7 @@ DEFAULTS = {
     "max_overflow": 5,
     "pool_timeout_seconds": 10.0,
     "connect_timeout_seconds": 10.0,
+    "connect_retry_seconds": 20.0,
     "command_timeout_seconds": 30.0,
     "statement_timeout_seconds": 5.0,
     "lock_timeout_seconds": 3.0,
@@ -157,8 +159,13 @@ class TestBounds:
         for value in (0.001, 3_600):
             assert plain(Settings(**{name: value}))[name] == value
         for value in (0, -1, 3_600.001, float("inf"), float("nan")):
+            if (name, value) == ("connect_retry_seconds", 0):
+                continue
             with pytest.raises(ConfigurationError, match=name):
                 Settings(**{name: value})
+
+    def test_connecting_again_can_be_turned_off(self) -> None:
+        assert Settings(connect_retry_seconds=0).connect_retry_seconds == 0
 
 
 class TestRefusal:

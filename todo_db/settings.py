@@ -29,13 +29,16 @@ class Settings(BaseSettings):
         max_overflow: Connections opened beyond that under load, and closed after it.
         pool_timeout_seconds: How long a call waits for a connection.
         connect_timeout_seconds: How long one attempt to connect may take.
+        connect_retry_seconds: How long all attempts to connect may take together. The default
+            outlasts the 15 s for which PgBouncer repeats a failure; 0 makes an attempt to
+            connect part of a try of the call.
         command_timeout_seconds: How long the client waits for any answer. The only defence
             against a peer that vanished; keep it above `statement_timeout_seconds`.
         statement_timeout_seconds: When the server gives a statement up.
         lock_timeout_seconds: When the server gives waiting for a lock up.
         idle_in_transaction_timeout_seconds: When the server ends a transaction nobody uses.
         retry_attempts: Tries of a call that is known not to have been applied, the first
-            included. 1 turns retries off.
+            included. 1 turns all retries off, those of connecting as well.
         retry_timeout_seconds: How long after the first try failed another one may begin.
         prepared_statements: Keep prepared statements on each connection. Needs PostgreSQL
             itself, or PgBouncer 1.21 or later; off costs one round trip a call.
@@ -66,6 +69,7 @@ class Settings(BaseSettings):
     max_overflow: int = Field(default=5, ge=0, le=1000)
     pool_timeout_seconds: _Seconds = 10.0
     connect_timeout_seconds: _Seconds = 10.0
+    connect_retry_seconds: float = Field(default=20.0, ge=0, le=3600, allow_inf_nan=False)
     command_timeout_seconds: _Seconds = 30.0
     statement_timeout_seconds: _Seconds = 5.0
     lock_timeout_seconds: _Seconds = 3.0

@@ -9,6 +9,7 @@ from secrets import token_hex
 from typing import Any, Final, cast
 
 import asyncpg
+import stamina
 from sqlalchemy import URL, Connection, NullPool
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import PoolProxiedConnection
@@ -27,6 +28,10 @@ from todo_db.settings import Settings
 
 _RECYCLE_SECONDS: Final = 1800.0
 _CLOSE_SECONDS: Final = 2.0
+# A peer that vanished without a word is found out by asking. A timer would ask more often, and
+# keep Neon's compute awake.
+_PING_AFTER_SECONDS: Final = 60.0
+_PING_SECONDS: Final = 2.0
 # PgBouncer has one SQLSTATE, 08P01, for whatever it refuses; these will pass.
 _BUSY: Final = re.compile(
     "no more connections allowed|server login has been failing|query_wait_timeout"
@@ -60,13 +65,13 @@ class Lease:
         driver: asyncpg's connection, outside any transaction.
     """
 
-    __slots__ = ("_engine", "_fairy", "_opened", "_pool", "driver")
+    __slots__ = ("_engine", "_fairy", "_opened", "_pool", "_used", "driver")
 
     def __init__(self, pool: "Pool", engine: AsyncEngine, fairy: PoolProxiedConnection) -> None:
         self._pool = pool
         self._engine = engine
         self._fairy = fairy
-        self._opened = time.monotonic()
+        self._opened = self._used = time.monotonic()
         self.driver = cast("asyncpg.Connection[asyncpg.Record]", fairy.driver_connection)
 
     @property
@@ -78,6 +83,24 @@ class Lease:
     def is_old(self) -> bool:
         """Whether it has served long enough."""
         return time.monotonic() - self._opened > _RECYCLE_SECONDS
+
+    @property
+    def was_long_idle(self) -> bool:
+        """Whether nobody has used it for so long that its peer may be gone unnoticed."""
+        return time.monotonic() - self._used > _PING_AFTER_SECONDS
+
+    def rest(self) -> None:
+        """Note that nobody uses it from now on."""
+        self._used = time.monotonic()
+
+    async def answers(self) -> bool:
+        """Ask the server for a sign of life: one round trip."""
+        try:
+            await self.driver.execute("SELECT 1", timeout=_PING_SECONDS)
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            _logger.info("an idle connection was gone: %s", type(error).__name__)
+            return False
+        return True
 
     @property
     def transport(self) -> asyncio.BaseTransport:
@@ -152,6 +175,8 @@ class Pool:
         self._kept = settings.pool_size
         self._size = settings.pool_size + settings.max_overflow
         self._timeout = settings.pool_timeout_seconds
+        self._connect_seconds = settings.connect_retry_seconds
+        self._retries = settings.retry_attempts > 1 and settings.connect_retry_seconds > 0
         self._free = asyncio.Semaphore(self._size)
         self._idle: list[Lease] = []
         self._in_use = 0
@@ -168,14 +193,17 @@ class Pool:
     async def acquire(self) -> Lease:
         """Lend a connection; wait for one, first come, first served.
 
+        A connection that has to be made is tried for until `connect_retry_seconds` are over;
+        nothing of the caller's has been sent by then, so that is always safe.
+
         Raises:
             PoolExhaustedError: None became free in time.
-            ConfigurationError: The URL, the login or the certificate is wrong.
-            UnavailableError: The database cannot be reached.
+            ConfigurationError: The URL, the login or the certificate is wrong. Raised at once.
+            UnavailableError: The database cannot be reached. Not worth trying again soon.
         """
         await self._wait()
         try:
-            lease = self._last_used() or await self._connect()
+            lease = await self._last_used() or await self._connect()
         except BaseException:
             self._free.release()
             raise
@@ -192,6 +220,7 @@ class Pool:
             if not lease.is_clean:
                 lease.forget()
             elif self._keeping and len(self._idle) < self._kept and not lease.is_old:
+                lease.rest()
                 self._idle.append(lease)
             else:
                 await lease.close()
@@ -220,16 +249,55 @@ class Pool:
                 idle, self._idle = self._idle, []
                 await asyncio.gather(*(lease.close() for lease in idle))
 
-    def _last_used(self) -> Lease | None:
+    async def _last_used(self) -> Lease | None:
         while self._idle:
             lease = self._idle.pop()
             # The server may have closed it meanwhile; asking the client costs no round trip.
-            if lease.is_clean and not lease.is_old:
-                return lease
-            lease.forget()
+            if not lease.is_clean or lease.is_old:
+                lease.forget()
+                continue
+            try:
+                if not lease.was_long_idle or await lease.answers():
+                    return lease
+            except BaseException:
+                lease.forget()
+                raise
+            # The others rested even longer: whatever took this one took them.
+            gone, self._idle = [lease, *self._idle], []
+            for lost in gone:
+                lost.forget()
         return None
 
     async def _connect(self) -> Lease:
+        if not self._retries:
+            return await self._connect_once()
+        # Whoever asked for the connection need not try for as long again: it is not transient.
+        failure = UnavailableError("the database did not answer in time")
+
+        def again(error: Exception) -> bool:
+            nonlocal failure
+            if not isinstance(error, UnavailableError):
+                return False
+            failure = UnavailableError(str(error))
+            return True
+
+        try:
+            async with asyncio.timeout(self._connect_seconds):
+                async for attempt in stamina.retry_context(  # pragma: no branch  # endless
+                    on=again,
+                    attempts=None,
+                    timeout=None,
+                    wait_initial=0.05,
+                    wait_max=2.0,
+                    wait_jitter=0.1,
+                ):
+                    with attempt:
+                        return await self._connect_once()
+        except TimeoutError:
+            pass
+        raise failure
+
+    async def _connect_once(self) -> Lease:
         try:
             # SQLAlchemy asks its questions about the server on the first one.
             fairy = await greenlet_spawn(self._engine.sync_engine.pool.connect)
