@@ -13,10 +13,14 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection
+from sqlalchemy.schema import SchemaItem
 
 from todo_db.errors import ConfigurationError
 from todo_db.migrations import LOCK_SQL, direct_engine
 from todo_db.models import Base
+
+# Better Auth's plugins may add columns to these.
+_SHARED = frozenset({"users", "sessions", "accounts", "verifications", "jwks"})
 
 
 def _number(
@@ -30,6 +34,22 @@ def _number(
         script.rev_id = f"{int(head or 0) + 1:04}"
 
 
+def _include(
+    item: SchemaItem,
+    _name: str | None,
+    kind: str,
+    reflected: bool,  # noqa: FBT001  # Alembic's own signature
+    model: SchemaItem | None,
+) -> bool:
+    """Never propose to drop what is not ours: other tables, and what Better Auth's plugins add."""
+    if not reflected or model is not None:
+        return True
+    if kind == "table":
+        return False
+    table = getattr(item, "table", None)
+    return table is None or table.name not in _SHARED
+
+
 def _run(connection: Connection | None) -> None:
     context.configure(
         connection=connection,
@@ -39,6 +59,7 @@ def _run(connection: Connection | None) -> None:
         # Or an offline script would double every percent sign.
         dialect_opts={"paramstyle": "named"},
         process_revision_directives=_number,
+        include_object=_include,
         compare_type=True,
         compare_server_default=True,
     )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from todo_db.models import REVISION
+
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.matrix
 
@@ -45,7 +47,7 @@ class TestWheel:
         assert "todo_db/py.typed" in names
         assert "todo_db/_alembic/env.py" in names
         assert "todo_db/_alembic/script.py.mako" in names
-        assert "todo_db/_alembic/versions/0002_isolate_by_user.py" in names
+        assert "todo_db/_alembic/versions/0004_idempotency_keys.py" in names
         assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"todo_db"}
 
     def test_demo_runs_from_an_empty_folder(self, environment: Path, tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ class TestWheel:
     def test_migrates_from_an_empty_folder(self, environment: Path, tmp_path: Path) -> None:
         todo_db = environment / "todo-db"
         run(todo_db, "migrate", folder=tmp_path)
-        assert "0002 (head)" in run(todo_db, "alembic", "current", folder=tmp_path)
+        assert f"{REVISION} (head)" in run(todo_db, "alembic", "current", folder=tmp_path)
 
     def test_alembic_is_not_imported_by_what_serves_requests(
         self, environment: Path, tmp_path: Path

@@ -30,7 +30,7 @@ from todo_db.repositories import Call, Repeat, TaskRepository, UserRepository
 from todo_db.settings import Settings
 from todo_db.transaction import NOBODY, Context, Transaction, Unit
 
-# Asked as the role that every transaction runs as, about the two tables and itself.
+# Asked as the role that every transaction runs as, about its tables and itself.
 _ISOLATION: Final = """
     SELECT
         count(*) FILTER (WHERE c.oid IS NULL) AS missing,
@@ -40,7 +40,7 @@ _ISOLATION: Final = """
         (SELECT count(*) FROM pg_roles r WHERE (r.rolsuper OR r.rolbypassrls)
             AND pg_has_role(current_user, r.oid, 'MEMBER')) AS bypassing,
         coalesce(has_table_privilege(to_regclass('alembic_version'), 'SELECT'), false) AS migrated
-    FROM unnest(ARRAY['users', 'tasks']) AS name
+    FROM unnest(ARRAY['users', 'tasks', 'idempotency_keys']) AS name
     LEFT JOIN pg_class c ON c.oid = to_regclass('public.' || name)
 """
 _STATE: Final = """

@@ -181,6 +181,14 @@ _BY_CONSTRAINT: Final[dict[str, Callable[[], TodoDBError]]] = {
     "uq_users_email": EmailTakenError,
     "uq_users_username": UsernameTakenError,
     "fk_tasks_user_id_users": UserNotFoundError,
+    "fk_idempotency_keys_user_id_users": UserNotFoundError,
+    # Whoever was first has committed by now: the next try finds the key.
+    "pk_idempotency_keys": lambda: UnavailableError(
+        "another call with the same idempotency key was under way", transient=True
+    ),
+    "ck_idempotency_keys_key_length": lambda: InvalidInputError(
+        "idempotency_key", "must have 1 to 255 characters"
+    ),
     "ck_users_id_length": lambda: InvalidInputError("user_id", "must have 1 to 255 characters"),
     "ck_users_email_lower": lambda: InvalidInputError("email", "must be in lower case"),
     "ck_users_timestamps_range": lambda: InvalidInputError("created_at", "must be a usual date"),

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Final, TypedDict, cast
 
 from todo_db.errors import InvalidInputError
-from todo_db.models import DESCRIPTION_MAX, TITLE_MAX, USER_ID_MAX
+from todo_db.models import DESCRIPTION_MAX, KEY_MAX, TITLE_MAX, USER_ID_MAX
 from todo_db.pagination import BIGINT_MAX, TaskSort
 
 PAGE_MAX: Final = 1_000
@@ -96,6 +96,11 @@ def completed(value: object) -> bool:
     if not isinstance(value, bool):
         raise InvalidInputError("completed", "must be True or False")
     return value
+
+
+def idempotency_key(value: object) -> str:
+    """Check a key that the caller made up for one call: 1 to 255 characters, not all blank."""
+    return _not_blank("idempotency_key", _text("idempotency_key", value, KEY_MAX))
 
 
 def task_changes(values: TaskChanges) -> TaskChanges:

@@ -1,9 +1,11 @@
 """The tasks of one user."""
 
 import builtins
+import json
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cache
+from hashlib import sha256
 from typing import Any, Final, Unpack
 
 from sqlalchemy import (
@@ -15,8 +17,10 @@ from sqlalchemy import (
     ColumnElement,
     DateTime,
     Executable,
+    Insert,
     Integer,
     String,
+    TableValuedAlias,
     Text,
     any_,
     bindparam,
@@ -34,11 +38,12 @@ from sqlalchemy import (
     tuple_,
     update,
 )
+from sqlalchemy.dialects.postgresql import aggregate_order_by
 
 from todo_db import inputs
-from todo_db.errors import StaleTaskError, TaskNotFoundError
+from todo_db.errors import IdempotencyKeyReusedError, StaleTaskError, TaskNotFoundError
 from todo_db.inputs import NewTask, TaskChanges
-from todo_db.models import Task
+from todo_db.models import IdempotencyKey, Task
 from todo_db.pagination import BIGINT_MAX, Page, Position, TaskSort, decode, encode
 from todo_db.records import TaskRecord
 from todo_db.repositories.statements import Call, Executor, Repeat, Row, Statement
@@ -84,39 +89,65 @@ class TaskRepository:
         *,
         description: str | None = None,
         completed: bool = False,
+        idempotency_key: str | None = None,
     ) -> TaskRecord:
         """Store a new task.
 
         One INSERT. Takes a share lock on the user's row, which only a change of its keys or
         its deletion waits for.
 
+        Args:
+            user_id: Whose task.
+            title: 1 to 200 characters.
+            description: Up to 65,536 characters.
+            completed: Whether it is done already.
+            idempotency_key: What makes the call the same call when it is made again, such as
+                a random UUID: one to 255 characters, the user's own. The task is then stored
+                exactly once, however often the call is made, and an unknown outcome is
+                resolved by making it again. Each such call gets the answer of the first one,
+                whatever became of the task since.
+
         Raises:
             UserNotFoundError: There is no such user.
+            IdempotencyKeyReusedError: The key belongs to a call with other arguments.
         """
         user_id = inputs.user_id(user_id)
+        task = NewTask(
+            inputs.title(title), inputs.description(description), inputs.completed(completed)
+        )
+        if idempotency_key is not None:
+            key = inputs.idempotency_key(idempotency_key)
+            call = _keyed("create", key, user_id, [task])
+            return (await self._executor.perform(user_id, call))[0]
         values = {
-            "title": inputs.title(title),
-            "description": inputs.description(description),
-            "completed": inputs.completed(completed),
+            "title": task.title,
+            "description": task.description,
+            "completed": task.completed,
         }
         return await self._executor.perform(user_id, Call(_CREATE, values, _one))
 
     async def create_many(
-        self, user_id: str, tasks: Iterable[NewTask]
+        self, user_id: str, tasks: Iterable[NewTask], *, idempotency_key: str | None = None
     ) -> builtins.list[TaskRecord]:
         """Store up to 10,000 new tasks with one INSERT, all or none, and return them in order.
 
+        Args:
+            user_id: Whose tasks.
+            tasks: What each of them is.
+            idempotency_key: As for `create`, for all of them together.
+
         Raises:
             UserNotFoundError: There is no such user.
+            IdempotencyKeyReusedError: The key belongs to a call with other arguments.
         """
         user_id = inputs.user_id(user_id)
         new = inputs.new_tasks(tasks)
-        values = {
-            "titles": [task.title for task in new],
-            "descriptions": [task.description for task in new],
-            "completed": ["true" if task.completed else "false" for task in new],
-        }
-        return await self._executor.perform(user_id, Call(_CREATE_MANY, values, _all))
+        if idempotency_key is not None:
+            key = inputs.idempotency_key(idempotency_key)
+            call = _keyed("create_many", key, user_id, new)
+        else:
+            call = Call(_CREATE_MANY, _arrays(new), _all)
+        return await self._executor.perform(user_id, call)
 
     async def get(self, user_id: str, task_id: int) -> TaskRecord:
         """Return one task.
@@ -333,6 +364,40 @@ def _all(rows: Sequence[Row]) -> list[TaskRecord]:
 
 def _number(rows: Sequence[Row]) -> int:
     return int(rows[0][0])
+
+
+def _arrays(tasks: Sequence[NewTask]) -> dict[str, object]:
+    return {
+        "titles": [task.title for task in tasks],
+        "descriptions": [task.description for task in tasks],
+        "completed": ["true" if task.completed else "false" for task in tasks],
+    }
+
+
+def _keyed(method: str, key: str, user_id: str, tasks: Sequence[NewTask]) -> Call[list[TaskRecord]]:
+    payload = [method, *([task.title, task.description, task.completed] for task in tasks)]
+    fingerprint = sha256(json.dumps(payload).encode()).hexdigest()
+
+    def result(rows: Sequence[Row]) -> list[TaskRecord]:
+        if rows and rows[0][2] != fingerprint:
+            raise IdempotencyKeyReusedError
+        # The arguments are those of the first call, and so is all that they decided.
+        return [
+            TaskRecord(
+                task_id,
+                user_id,
+                task.title,
+                task.description,
+                task.completed,
+                created_at,
+                created_at,
+            )
+            # Without any task, a key that is known is a row all the same.
+            for task, (task_id, created_at, _) in zip(tasks, rows, strict=False)
+        ]
+
+    values = {"key": key, "fingerprint": fingerprint} | _arrays(tasks)
+    return Call(_CREATE_KEYED, values, result, Repeat.SAME, may_fail=True)
 
 
 def _filters(completed: bool | None, search: str | None) -> Filters:  # noqa: FBT001
@@ -554,8 +619,8 @@ def _delete_locked(owner: ColumnElement[str], *which: ColumnElement[bool]) -> Ex
     return select(func.count()).select_from(deleted)
 
 
-def _create_many(owner: ColumnElement[str]) -> Executable:
-    given = (
+def _given_tasks() -> TableValuedAlias:
+    return (
         func.unnest(_strings("titles"), _strings("descriptions"), _strings("completed"))
         .table_valued(
             column("title", Text()),
@@ -566,15 +631,58 @@ def _create_many(owner: ColumnElement[str]) -> Executable:
         )
         .render_derived()
     )
-    return (
-        insert(Task)
-        .from_select(
-            ["user_id", "title", "description", "completed"],
-            select(
-                owner, given.c.title, given.c.description, cast(given.c.completed, Boolean())
-            ).order_by(given.c.position),
+
+
+def _create_given(owner: ColumnElement[str], *unless: ColumnElement[bool]) -> Insert:
+    given = _given_tasks()
+    return insert(Task).from_select(
+        ["user_id", "title", "description", "completed"],
+        select(owner, given.c.title, given.c.description, cast(given.c.completed, Boolean()))
+        .where(*unless)
+        .order_by(given.c.position),
+    )
+
+
+def _create_keyed(owner: ColumnElement[str]) -> Executable:
+    """Store the tasks and the key, or find the key, in one statement.
+
+    Two calls at once both find nothing and both store: then the primary key stops the second
+    one, with all it stored, and its next try finds the key of the first.
+    """
+    key, fingerprint = bindparam("key", type_=Text()), bindparam("fingerprint", type_=Text())
+    known = (
+        select(
+            IdempotencyKey.key,
+            IdempotencyKey.fingerprint,
+            IdempotencyKey.task_ids,
+            IdempotencyKey.created_at,
         )
-        .returning(*_COLUMNS)
+        .where(IdempotencyKey.user_id == owner, IdempotencyKey.key == key)
+        .cte("known")
+    )
+    unknown = ~exists(select(known.c.key))
+    created = _create_given(owner, unknown).returning(Task.id, Task.created_at).cte("created")
+    task_ids = select(func.array_agg(aggregate_order_by(created.c.id, created.c.id)))
+    none = literal_column("'{}'::bigint[]", ARRAY(BigInteger()))
+    noted = (
+        insert(IdempotencyKey)
+        .from_select(
+            ["user_id", "key", "fingerprint", "task_ids"],
+            select(owner, key, fingerprint, func.coalesce(task_ids.scalar_subquery(), none)).where(
+                unknown
+            ),
+        )
+        .cte("noted")
+    )
+    task = func.unnest(known.c.task_ids).table_valued("id").render_derived("task").lateral()
+    found = select(task.c.id, known.c.created_at, known.c.fingerprint).select_from(
+        known.outerjoin(task, true())
+    )
+    return (
+        select(created.c.id, created.c.created_at, fingerprint)
+        .add_cte(noted)
+        .union_all(found)
+        .order_by("id")
     )
 
 
@@ -593,7 +701,8 @@ _CREATE: Final = Statement(
         .returning(*_COLUMNS)
     )
 )
-_CREATE_MANY: Final = Statement(_create_many)
+_CREATE_MANY: Final = Statement(lambda owner: _create_given(owner).returning(*_COLUMNS))
+_CREATE_KEYED: Final = Statement(_create_keyed)
 _TOGGLE: Final = Statement(
     lambda owner: (
         update(Task)
