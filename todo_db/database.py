@@ -47,6 +47,8 @@ _STATE: Final = """
     SELECT current_setting('server_version') AS server_version, max(version_num) AS revision
     FROM alembic_version
 """
+# An aggregate, so that what is not there is a row too.
+_CREDENTIAL: Final = "SELECT max(user_id), max(public_key) FROM find_credential($1, $2)"
 
 
 class Database:
@@ -228,6 +230,25 @@ class Database:
             pool=self._pool.status,
             problem=problem,
         )
+
+    async def find_credential(
+        self, *, session_token: str | None = None, key_id: str | None = None
+    ) -> tuple[str | None, str | None]:
+        """Look up what Better Auth stored, for `todo_db.better_auth`, as nobody.
+
+        One SELECT by unique index. Nothing is learnt but by who knows the token.
+
+        Returns:
+            The id of the user whose live session has the token, and the public key of that id.
+        """
+        await self._ready()
+
+        async def once() -> tuple[str | None, str | None]:
+            async with Unit(self._pool, self._context, NOBODY, read_only=True) as tx:
+                user_id, public_key = await tx.ask(_CREDENTIAL, session_token, key_id)
+                return user_id, public_key
+
+        return await self._retried(once, repeatable=True)
 
     async def _ready(self) -> None:
         if self._loop is asyncio.get_running_loop():

@@ -188,9 +188,9 @@ class Transaction:
             raise
         await self._control(f"RELEASE SAVEPOINT {name}")
 
-    async def ask(self, sql: str) -> Row:
+    async def ask(self, sql: str, *arguments: object) -> Row:
         """Return the one row of a statement of the package's own, which names no user."""
-        return (await self._fetch(sql))[0]
+        return (await self._fetch(sql, *arguments))[0]
 
     async def _run(self, call: Call[Any], user_id: str) -> Sequence[Row]:
         statement = call.statement

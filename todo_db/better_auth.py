@@ -1,0 +1,156 @@
+"""Who is asking: Better Auth's cookies, session tokens and JWTs, checked where it keeps them.
+
+Nothing is asked of the Better Auth server. A session is looked up in the table that it writes,
+and a JWT is verified by the public key beside it; `BETTER_AUTH_SECRET` signs cookies and nothing
+else, so it cannot verify a JWT. How they are made is Better Auth's own
+(https://www.better-auth.com/docs/concepts/session-management and …/plugins/jwt).
+"""
+
+import hmac
+import json
+import re
+import time
+from base64 import b64encode
+from collections.abc import Iterator
+from typing import Final
+from urllib.parse import unquote
+
+import jwt
+
+from todo_db import inputs
+from todo_db.database import Database
+from todo_db.errors import ConfigurationError, InvalidInputError, NotAuthenticatedError
+from todo_db.settings import Settings
+
+_COOKIE: Final = "better-auth.session_token"
+_SECURE_COOKIE: Final = f"__Secure-{_COOKIE}"
+# Better Auth's tokens have 32 characters; its JWTs carry the user, and have some hundred.
+_LONGEST: Final = 8_192
+_TOKEN: Final = re.compile(r"[\x21-\x7e]{1,512}")
+_JWT_DOTS: Final = 2
+# A key that was retired or deleted is believed for no longer.
+_KEY_SECONDS: Final = 300.0
+_ALGORITHM: Final = "EdDSA"
+_CLAIMS: Final = ["aud", "exp", "iss", "sub"]
+
+
+class Authenticator:
+    """Turns the credential of a request into the id of a user of Better Auth's.
+
+    Args:
+        database: Where Better Auth keeps its tables.
+        settings: With `better_auth_secret` and `better_auth_url` as on the Better Auth server.
+
+    Raises:
+        ConfigurationError: One of the two is not set.
+    """
+
+    def __init__(self, database: Database, settings: Settings) -> None:
+        if settings.better_auth_secret is None or settings.better_auth_url is None:
+            raise ConfigurationError("BETTER_AUTH_SECRET and BETTER_AUTH_URL must be set")
+        self._database = database
+        self._secret = settings.better_auth_secret.get_secret_value().encode()
+        self._url = settings.better_auth_url
+        self._keys: dict[str, tuple[float, jwt.PyJWK]] = {}
+
+    async def user_id(self, *, cookie: str | None = None, authorization: str | None = None) -> str:
+        """Return whose request this is.
+
+        A session costs one SELECT by unique index. A JWT costs one for a key that was not used
+        in the last five minutes, and nothing else; so it outlives the sign-out, and the user,
+        until it expires: 15 minutes by Better Auth's default.
+
+        Args:
+            cookie: The header `Cookie`, whole. The session's cookie must be signed.
+            authorization: The header `Authorization`. `Bearer` and a session token, signed or
+                not, or a JWT, and then no cookie is looked at; other schemes are passed over.
+
+        Raises:
+            NotAuthenticatedError: There is no valid credential; nobody learns why.
+            UnavailableError: The database did not answer.
+        """
+        bearer = _bearer(authorization)
+        if bearer is None:
+            return await self._of_session(self._unsigned(self._cookie(cookie)))
+        if bearer.count(".") == _JWT_DOTS:
+            return await self._of_jwt(bearer)
+        return await self._of_session(self._unsigned(bearer) if "." in bearer else bearer)
+
+    async def _of_session(self, token: str | None) -> str:
+        if token is None or not _TOKEN.fullmatch(token):
+            raise NotAuthenticatedError
+        user_id, _ = await self._database.find_credential(session_token=token)
+        if user_id is None:
+            raise NotAuthenticatedError
+        return user_id
+
+    async def _of_jwt(self, token: str) -> str:
+        key = await self._key(_key_id(token))
+        try:
+            claims = jwt.decode(
+                token,
+                key,
+                algorithms=[_ALGORITHM],
+                audience=self._url,
+                issuer=self._url,
+                # Two machines' clocks differ; when it ends is what counts.
+                options={"require": _CLAIMS, "verify_iat": False},
+            )
+            return inputs.user_id(claims["sub"])
+        except (jwt.PyJWTError, InvalidInputError):
+            pass
+        raise NotAuthenticatedError
+
+    async def _key(self, key_id: str | None) -> jwt.PyJWK:
+        if key_id is None or not _TOKEN.fullmatch(key_id):
+            raise NotAuthenticatedError
+        until, key = self._keys.get(key_id, (0.0, None))
+        if key is None or until < time.monotonic():
+            self._keys.pop(key_id, None)
+            _, public_key = await self._database.find_credential(key_id=key_id)
+            key = _verifying_key(public_key)
+            if key is None:
+                raise NotAuthenticatedError
+            self._keys[key_id] = (time.monotonic() + _KEY_SECONDS, key)
+        return key
+
+    def _cookie(self, header: str | None) -> str | None:
+        """Return the session's cookie; behind TLS only the one that was set behind TLS."""
+        found = dict(reversed(list(_cookies(header or ""))))
+        plain = None if self._url.startswith("https:") else found.get(_COOKIE)
+        return found.get(_SECURE_COOKIE, plain)
+
+    def _unsigned(self, value: str | None) -> str | None:
+        """Return what stands before a signature, if that is ours."""
+        token, _, signature = unquote(value or "").rpartition(".")
+        digest = hmac.digest(self._secret, token.encode(errors="replace"), "sha256")
+        sound = hmac.compare_digest(b64encode(digest), signature.encode(errors="replace"))
+        return token if sound else None
+
+
+def _bearer(header: str | None) -> str | None:
+    scheme, _, credential = (header or "").strip().partition(" ")
+    if scheme.lower() != "bearer":
+        return None
+    return credential.strip() if len(credential) <= _LONGEST else ""
+
+
+def _cookies(header: str) -> Iterator[tuple[str, str]]:
+    for pair in header[: 2 * _LONGEST].split(";"):
+        name, _, value = pair.partition("=")
+        yield name.strip(), value.strip().strip('"')
+
+
+def _key_id(token: str) -> str | None:
+    try:
+        return jwt.get_unverified_header(token).get("kid")
+    except Exception:  # noqa: BLE001  # whatever junk does to a parser
+        return None
+
+
+def _verifying_key(public_key: str | None) -> jwt.PyJWK | None:
+    try:
+        return jwt.PyJWK(json.loads(public_key or "{}"), algorithm=_ALGORITHM)
+    except (jwt.PyJWTError, ValueError):
+        # Unknown; or the server signs by another algorithm, which nothing here verifies.
+        return None

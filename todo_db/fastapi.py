@@ -1,0 +1,265 @@
+"""For FastAPI: whose request it is, the repositories, and what errors become on the wire.
+
+```python
+app = FastAPI(lifespan=lifespan())
+install(app)
+
+
+@app.get("/api/tasks/{task_id}")
+async def get_task(user_id: CurrentUserId, tasks: Tasks, task_id: int) -> TaskRecord:
+    return await tasks.get(user_id, task_id)
+```
+"""
+
+import logging
+import re
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
+from math import ceil
+from typing import Annotated, Any, Final, cast
+
+from fastapi import APIRouter, Depends, FastAPI, Header, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from todo_db.better_auth import Authenticator
+from todo_db.database import Database
+from todo_db.errors import (
+    ConfigurationError,
+    ConflictError,
+    InvalidInputError,
+    NotAuthenticatedError,
+    NotFoundError,
+    OutcomeUnknownError,
+    StaleTaskError,
+    TodoDBError,
+    UnavailableError,
+)
+from todo_db.records import TaskRecord, UserRecord
+from todo_db.repositories import TaskRepository, UserRepository
+from todo_db.settings import Settings
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND: Final = timedelta(microseconds=1)
+_ETAG: Final = re.compile(r'"(-?[0-9]{1,18})"', re.ASCII)
+_MEDIA_TYPE: Final = "application/problem+json"
+
+_logger: Final = logging.getLogger("todo_db")
+
+
+class Problem(BaseModel):
+    """What an error looks like on the wire (https://www.rfc-editor.org/rfc/rfc9457).
+
+    Attributes:
+        type: Always `about:blank`: the status says it all.
+        title: The phrase of the status.
+        status: The status again.
+        detail: What was wrong, without a value of the request.
+        field: Which part of the request, for 422.
+        code: The name of the error's class, where a program may want to tell them apart.
+    """
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str | None = None
+    field: str | None = None
+    code: str | None = None
+
+
+# The first class that fits. What is not here is a fault of the service, not of the request.
+_STATUS: Final[dict[type[TodoDBError], HTTPStatus]] = {
+    InvalidInputError: HTTPStatus.UNPROCESSABLE_CONTENT,
+    NotAuthenticatedError: HTTPStatus.UNAUTHORIZED,
+    NotFoundError: HTTPStatus.NOT_FOUND,
+    # https://www.rfc-editor.org/rfc/rfc9110#section-13.1.1
+    StaleTaskError: HTTPStatus.PRECONDITION_FAILED,
+    ConflictError: HTTPStatus.CONFLICT,
+    UnavailableError: HTTPStatus.SERVICE_UNAVAILABLE,
+    OutcomeUnknownError: HTTPStatus.GATEWAY_TIMEOUT,
+}
+
+PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
+    status.value: {
+        "description": status.phrase,
+        "content": {_MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
+    }
+    for status in sorted({*_STATUS.values()})
+}
+"""For `responses=` of a router: the documentation of what `install` answers."""
+
+
+def lifespan(
+    settings: Settings | None = None,
+) -> Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any]]]:
+    """Return a lifespan that opens a `Database` before the first request, and closes it.
+
+    Args:
+        settings: By default from the environment and `.env`, at the time of the start.
+    """
+
+    @asynccontextmanager
+    async def opened(_app: FastAPI) -> AsyncGenerator[Mapping[str, Any]]:
+        chosen = settings or Settings()
+        async with Database(chosen) as database:
+            authenticator = None
+            if chosen.better_auth_secret is not None:
+                authenticator = Authenticator(database, chosen)
+            yield {"todo_database": database, "todo_authenticator": authenticator}
+
+    return opened
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error with problem details (RFC 9457), and `GET /health`.
+
+    No answer repeats a value of the request. A foreign id and a missing one get the same bytes.
+    """
+    app.add_exception_handler(TodoDBError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_validation)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.include_router(_health)
+
+
+def current_database(request: Request) -> Database:
+    """Return the `Database` that the lifespan opened."""
+    database: Database = request.state.todo_database
+    return database
+
+
+async def current_user_id(request: Request) -> str:
+    """Return whose request this is, by Better Auth's cookie, session token or JWT.
+
+    For another way to sign in put a function of your own into `app.dependency_overrides`: the
+    id that it returns is what all the rest relies on.
+
+    Raises:
+        NotAuthenticatedError: There is no valid credential.
+        ConfigurationError: `BETTER_AUTH_SECRET` is not set.
+    """
+    authenticator: Authenticator | None = request.state.todo_authenticator
+    if authenticator is None:
+        raise ConfigurationError("BETTER_AUTH_SECRET and BETTER_AUTH_URL must be set")
+    headers = request.headers
+    return await authenticator.user_id(
+        cookie=headers.get("cookie"), authorization=headers.get("authorization")
+    )
+
+
+CurrentUserId = Annotated[str, Depends(current_user_id)]
+"""The id of the user whose request this is."""
+
+
+def path_user_id(user_id: str, current: CurrentUserId) -> str:
+    """Return the `{user_id}` of the path, if it is the user whose request this is.
+
+    Raises:
+        NotFoundError: It is somebody else, or nobody.
+    """
+    if user_id != current:
+        raise NotFoundError
+    return current
+
+
+PathUserId = Annotated[str, Depends(path_user_id)]
+"""The same, where paths name the user: `/api/{user_id}/tasks`."""
+
+
+def _tasks(database: Annotated[Database, Depends(current_database)]) -> TaskRepository:
+    return database.tasks
+
+
+def _users(database: Annotated[Database, Depends(current_database)]) -> UserRepository:
+    return database.users
+
+
+Tasks = Annotated[TaskRepository, Depends(_tasks)]
+"""The tasks; each call is its own transaction."""
+Users = Annotated[UserRepository, Depends(_users)]
+"""The users; each call is its own transaction."""
+
+
+def etag(record: TaskRecord | UserRecord) -> str:
+    """Return the version of a record, for the header `ETag`."""
+    return f'"{(record.updated_at - _EPOCH) // _MICROSECOND}"'
+
+
+def _if_match(
+    value: Annotated[str | None, Header(alias="If-Match", description="An ETag, or *")] = None,
+) -> datetime | None:
+    if value is None or value.strip() == "*":
+        return None
+    version = _ETAG.fullmatch(value.strip())
+    if version is not None:
+        with suppress(OverflowError):
+            return _EPOCH + int(version[1]) * _MICROSECOND
+    # A weak tag, several, or not one of ours: no task is at that version.
+    raise StaleTaskError
+
+
+IfMatch = Annotated[datetime | None, Depends(_if_match)]
+"""The header `If-Match`, as `expected_updated_at`; None without it, or for `*`."""
+IdempotencyKey = Annotated[
+    str | None,
+    Header(alias="Idempotency-Key", description="Made up for this one request, such as a UUID"),
+]
+"""The header `Idempotency-Key`, as `idempotency_key`."""
+
+_health: Final = APIRouter(tags=["health"])
+
+
+@_health.get("/health", responses={503: {"description": "Not fit to serve"}})
+async def health(database: Annotated[Database, Depends(current_database)]) -> JSONResponse:
+    """Say whether the database answers and is migrated. Tells nothing else to strangers."""
+    seen = await database.health()
+    status = HTTPStatus.OK if seen.ok else HTTPStatus.SERVICE_UNAVAILABLE
+    return JSONResponse({"ok": seen.ok, "problem": seen.problem}, status)
+
+
+def _problem(
+    status: HTTPStatus, headers: Mapping[str, str] | None = None, **members: object
+) -> JSONResponse:
+    content = {"type": "about:blank", "title": status.phrase, "status": status, **members}
+    return JSONResponse(content, status, headers, media_type=_MEDIA_TYPE)
+
+
+async def _answer_error(_request: Request, error: Exception) -> JSONResponse:
+    status = next(
+        (status for kind, status in _STATUS.items() if isinstance(error, kind)),
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+    )
+    match error:
+        case InvalidInputError():
+            return _problem(status, detail=error.requirement, field=error.field)
+        case NotAuthenticatedError():
+            return _problem(status, {"WWW-Authenticate": "Bearer"})
+        case NotFoundError():
+            # Which of them it was would tell the ids of others.
+            return _problem(status)
+        case UnavailableError():
+            return _problem(
+                status, {"Retry-After": str(ceil(error.retry_after))}, detail=str(error)
+            )
+        case ConflictError() | OutcomeUnknownError():
+            return _problem(status, detail=str(error), code=type(error).__name__)
+        case _:
+            _logger.error("%s: %s", type(error).__name__, error)
+            return _problem(status)
+
+
+async def _answer_validation(_request: Request, error: Exception) -> JSONResponse:
+    # What FastAPI itself would answer repeats the input.
+    first = cast("RequestValidationError", error).errors()[0]
+    field = ".".join(part for part in first["loc"][1:] if isinstance(part, str))
+    return _problem(HTTPStatus.UNPROCESSABLE_CONTENT, detail=first["msg"], field=field)
+
+
+async def _answer_http(_request: Request, error: Exception) -> JSONResponse:
+    refusal = cast("HTTPException", error)
+    status = HTTPStatus(refusal.status_code)
+    members = {} if refusal.detail == status.phrase else {"detail": refusal.detail}
+    return _problem(status, refusal.headers, **members)
