@@ -1,0 +1,129 @@
+"""Everything that the documentation shows is run, and its pages are built without a warning."""
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import CodeType
+from typing import Any, Final
+
+import pytest
+from driver import Connection
+from typer.main import get_command
+
+from todo_db import Database
+from todo_db.cli.app import app
+from todo_db.embedded import LOGIN, EmbeddedPostgres
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+PAGES: Final = [
+    ROOT / "README.md",
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts),
+]
+COMMANDS: Final = getattr(get_command(app), "commands", {})
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def showing(language: str) -> list[object]:
+    return [
+        pytest.param(page, id=str(page.relative_to(ROOT)))
+        for page in PAGES
+        if blocks(page, language)
+    ]
+
+
+def compiled(source: str, page: Path) -> CodeType:
+    code: CodeType = compile(
+        source, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
+    )
+    return code
+
+
+class TestPython:
+    @pytest.mark.parametrize("page", showing("python"))
+    async def test_runs_from_top_to_bottom(
+        self,
+        page: Path,
+        todo_postgres: EmbeddedPostgres,
+        todo_database_name: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        url = todo_postgres.url(user=LOGIN, database=todo_database_name)
+        monkeypatch.setenv("DATABASE_URL", url)
+        async with Database.from_url(url) as db:
+            shown = "".join(blocks(page, "python"))
+            if ".users." not in shown:
+                await db.users.create("alice", email="alice@example.org", name="Alice")
+            # What a page takes for granted: an open database, and the imports of the one before.
+            names: dict[str, Any] = {"__name__": "shown", "db": db}
+            exec("from sqlalchemy import select; from todo_db.models import Task", names)  # noqa: S102
+            for source in blocks(page, "python"):
+                if "asyncio.run(" in source:
+                    continue  # a program of its own, run as such by test_house
+                done = eval(compiled(source, page), names)  # noqa: S307
+                if inspect.isawaitable(done):
+                    await done
+        for name, value in names.items():
+            if name.startswith("test_"):
+                async with Database.from_url(url) as fresh:
+                    await value(fresh)
+
+
+class TestSQL:
+    @pytest.mark.parametrize("page", showing("sql"))
+    async def test_runs_as_the_owner(self, page: Path, owner: Connection) -> None:
+        for source in blocks(page, "sql"):
+            statements = re.sub(r"^(BEGIN|ROLLBACK).*;$", "", source, flags=re.MULTILINE)
+            # Roles belong to the whole server of the tests.
+            transaction = owner.transaction()
+            await transaction.start()
+            await owner.execute("SET LOCAL client_min_messages = error")
+            for statement in filter(str.strip, statements.split(";\n")):
+                made = re.search(r"CREATE ROLE (\w+)", statement)
+                if made and await owner.fetchval(
+                    "SELECT to_regrole($1) IS NOT NULL", made.group(1)
+                ):
+                    statement = statement.replace(made.group(1), f"{made.group(1)}_shown", 1)  # noqa: PLW2901
+                await owner.execute(statement)
+            await transaction.rollback()
+
+
+class TestShell:
+    def test_names_commands_that_exist(self) -> None:
+        named: set[str] = set()
+        for page in PAGES:
+            named |= set(re.findall(r"todo-db ([a-z]+)", page.read_text()))
+        assert named == COMMANDS.keys()
+
+    def test_names_scripts_that_exist(self) -> None:
+        for page in PAGES:
+            for path in re.findall(
+                r"\b((?:examples|benchmarks|tests)/[\w/]+\.py)", page.read_text()
+            ):
+                assert (ROOT / path).is_file(), (page.name, path)
+
+
+class TestPages:
+    @pytest.mark.filterwarnings("default")
+    def test_build_without_a_warning(self, tmp_path: Path) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", ROOT / "docs", tmp_path],
+            check=False,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONWARNINGS": "ignore"},
+        )
+        assert done.returncode == 0, done.stderr
+
+    def test_are_all_in_the_contents(self) -> None:
+        contents = (ROOT / "docs" / "index.md").read_text()
+        for page in PAGES:
+            name = page.relative_to(ROOT).with_suffix("").as_posix().removeprefix("docs/")
+            known = {"README", "index"}
+            assert name in known or name in contents or name.startswith("decisions/"), name
