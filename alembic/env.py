@@ -13,9 +13,10 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.schema import SchemaItem
 
-from todo_db.errors import ConfigurationError
+from todo_db.errors import TodoDBError, translated
 from todo_db.migrations import LOCK_SQL, direct_engine
 from todo_db.models import Base
 
@@ -69,22 +70,38 @@ def _run(connection: Connection | None) -> None:
         context.run_migrations()
 
 
-async def _connect() -> None:
+async def _connected(engine: AsyncEngine) -> AsyncConnection:
     try:
-        engine = direct_engine(context.config.attributes.get("url"))
-    except ConfigurationError as error:
-        if "url" in context.config.attributes:
-            raise
-        # One line on Alembic's own command line, instead of a traceback.
-        raise CommandError(str(error)) from None
+        return await engine.connect()
+    except Exception as error:  # noqa: BLE001  # raised again, as ours
+        failure = translated(error)
+    raise failure
+
+
+async def _migrate() -> None:
+    engine = direct_engine(context.config.attributes.get("url"))
     try:
-        async with engine.connect() as connection:
+        connection = await _connected(engine)
+        try:
             await connection.run_sync(_run)
+        finally:
+            await connection.close()
     finally:
         await engine.dispose()
+
+
+async def _migrate_for_alembic() -> None:
+    try:
+        await _migrate()
+    except TodoDBError as error:
+        failure = CommandError(str(error))
+    else:
+        return
+    # One line on Alembic's own command line, instead of a traceback.
+    raise failure
 
 
 if context.is_offline_mode():
     _run(None)
 else:
-    asyncio.run(_connect())
+    asyncio.run(_migrate() if "url" in context.config.attributes else _migrate_for_alembic())

@@ -46,7 +46,6 @@ class TestText:
     def test_folder_of_a_socket(self) -> None:
         endpoint = parse_url("postgresql://alice@/todo?host=/run/postgresql&port=5433")
         assert dict(endpoint.url.query) == {"host": "/run/postgresql", "port": "5433"}
-        assert endpoint.is_local
 
     @pytest.mark.parametrize(
         "text",
@@ -129,7 +128,6 @@ class TestTls:
     def test_modes_without_a_promise_are_the_drivers(self, mode: str) -> None:
         endpoint = parse_url(f"postgresql://alice@db.example.org/todo?sslmode={mode}")
         assert endpoint.connect_args()["ssl"] == mode
-        assert not endpoint.is_verified
 
     def test_elsewhere_no_mode_is_libpqs_default(self) -> None:
         assert parse_url("postgresql://alice@db.example.org/todo").ssl_mode == "prefer"
@@ -160,10 +158,6 @@ class TestTls:
                 endpoint.connect_args()
             assert MARKER not in told(caught.value)
 
-    def test_this_machine_needs_none(self) -> None:
-        for host in ("localhost", "127.0.0.1", "[::1]"):
-            assert parse_url(f"postgresql://alice@{host}/todo").is_verified
-
 
 class TestNeon:
     @pytest.fixture(params=["", "?sslmode=require", "?sslmode=verify-ca", "?sslmode=verify-full"])
@@ -173,7 +167,6 @@ class TestNeon:
     def test_certificate_is_verified_whatever_was_asked(self, query: str) -> None:
         endpoint = parse_url(f"postgresql://alice@{POOLED}/neondb{query}")
         context = endpoint.connect_args()["ssl"]
-        assert endpoint.is_verified
         assert isinstance(context, ssl.SSLContext)
         assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
 

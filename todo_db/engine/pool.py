@@ -37,6 +37,8 @@ _BUSY: Final = re.compile(
     "no more connections allowed|server login has been failing|query_wait_timeout"
     "|cannot connect to server|shutting down"
 )
+# What asyncpg says, by an error that has no other sign, when a server has no TLS.
+_NO_TLS: Final = "rejected SSL upgrade"
 
 _LOGGER: Final = "todo_db"
 _logger: Final = logging.getLogger(_LOGGER)
@@ -54,6 +56,8 @@ def create_direct_engine(url: str, settings: Settings) -> AsyncEngine:
         endpoint.url,
         poolclass=NullPool,
         hide_parameters=True,
+        logging_name=_LOGGER,
+        pool_logging_name=_LOGGER,
         connect_args={"timeout": settings.connect_timeout_seconds} | endpoint.connect_args(),
     )
 
@@ -344,6 +348,8 @@ def _connect_failure(error: BaseException, url: URL) -> TodoDBError:
     refusal = error.__cause__ or error
     if isinstance(refusal, asyncpg.ProtocolViolationError) and not _BUSY.search(str(refusal)):
         return ConfigurationError("the pooler refused the login, or a startup parameter")
+    if isinstance(error, ConnectionError) and _NO_TLS in str(error):
+        return ConfigurationError("the server has no TLS, and the database URL demands it")
     if isinstance(error, TimeoutError):
         return UnavailableError("the database did not answer in time", transient=True)
     return translated(error)

@@ -83,17 +83,6 @@ class Endpoint:
         """Whether Neon's pooler stands in front of it."""
         return self.is_neon and bool(_POOLER.match(self.url.host or ""))
 
-    @property
-    def is_verified(self) -> bool:
-        """Whether nobody on the way can pretend to be the server, or there is no way."""
-        return self.ssl_mode == "verify-full" or self.is_local
-
-    @property
-    def is_local(self) -> bool:
-        """Whether no network is crossed: a unix socket, or this machine."""
-        host = self.url.host
-        return host is None or host in {"localhost", "127.0.0.1", "::1"}
-
     def direct(self) -> "Endpoint":
         """Return the same database without Neon's pooler: what migrations need."""
         if not self.is_pooled:
