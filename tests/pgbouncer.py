@@ -41,6 +41,7 @@ class PgBouncer:
         max_prepared_statements: How many it carries over to other connections; Neon says 1000,
             said nothing, and 1.18 does not know the setting.
         default_pool_size: How many connections to the server it makes for a user of a database.
+        settings: Any others of its settings, by name.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class PgBouncer:
         *,
         max_prepared_statements: int | None,
         default_pool_size: int = 10,
+        **settings: object,
     ) -> None:
         self._run = fetched(suite) / "run"
         url = make_url(server_url)
@@ -61,7 +63,7 @@ class PgBouncer:
             # Both came with 1.21 and 1.23.
             else {"max_prepared_statements": max_prepared_statements, "auth_dbname": "postgres"}
         )
-        self._settings: dict[str, object] = prepared | {"default_pool_size": default_pool_size}
+        self._settings = prepared | {"default_pool_size": default_pool_size} | settings
         self._process: subprocess.Popen[bytes] | None = None
 
     async def __aenter__(self) -> Self:
@@ -123,6 +125,14 @@ class PgBouncer:
             self._process.wait()
             self._process = None
             (self._folder / _SOCKET).unlink(missing_ok=True)
+
+    async def terminate(self) -> None:
+        """Ask it to end; it lets its clients finish, and takes no others."""
+        assert self._process is not None
+        self._process.terminate()
+        async with asyncio.timeout(10):
+            while (self._folder / _SOCKET).exists():  # noqa: ASYNC110  # nothing sets an event
+                await asyncio.sleep(0.005)
 
     async def console(self, command: str) -> None:
         """Run a command of the operator's, such as PAUSE, RESUME or RECONNECT."""

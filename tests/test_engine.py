@@ -399,6 +399,7 @@ class TestRefusals:
             ("no more connections allowed (max_client_conn)", True),
             ("server login has been failing, cached error: connect failed", True),
             ("query_wait_timeout", True),
+            ("bouncer config error", True),
         ],
     )
     def test_P3_P5_P9_what_passes_is_told_from_what_stays(self, text: str, passes: bool) -> None:  # noqa: FBT001

@@ -1,6 +1,7 @@
 """The front door: opens, runs, tries again, and says how it is."""
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -70,6 +71,7 @@ class Database:
         self._opening = asyncio.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
+        self._process = os.getpid()
 
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> Self:  # noqa: ANN401  # Settings checks them
@@ -105,10 +107,14 @@ class Database:
                 await self._pool.close()
                 raise
             self._loop = asyncio.get_running_loop()
+            self._process = os.getpid()
             self._closed = False
 
     async def close(self) -> None:
         """Let the calls under way end, and close all connections. `open` opens it again."""
+        if self._loop is not None and self._process != os.getpid():
+            # A word on the parent's connections would end them.
+            return
         self._closed = True
         self._loop = None
         await self._pool.close()
@@ -251,6 +257,8 @@ class Database:
         return await self._retried(once, repeatable=True)
 
     async def _ready(self) -> None:
+        if self._loop is not None and self._process != os.getpid():
+            raise ConfigurationError("the database was opened before a fork: make one afterwards")
         if self._loop is asyncio.get_running_loop():
             return
         if self._closed:

@@ -385,6 +385,9 @@ class Unit:
 
 def _begin_failure(error: Exception) -> TodoDBError:
     match getattr(error, "sqlstate", None):
+        case "0A000":
+            # Before it is promoted, a standby only reads.
+            return UnavailableError("the database cannot be written to", retry_after=5.0)
         case "22023":
             return SchemaError()
         case "42501":

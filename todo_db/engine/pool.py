@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Final, cast
@@ -28,6 +29,7 @@ from todo_db.settings import Settings
 
 _RECYCLE_SECONDS: Final = 1800.0
 _CLOSE_SECONDS: Final = 2.0
+_CANCEL_SECONDS: Final = 2.0
 # A peer that vanished without a word is found out by asking. A timer would ask more often, and
 # keep Neon's compute awake.
 _PING_AFTER_SECONDS: Final = 60.0
@@ -35,7 +37,7 @@ _PING_SECONDS: Final = 2.0
 # PgBouncer has one SQLSTATE, 08P01, for whatever it refuses; these will pass.
 _BUSY: Final = re.compile(
     "no more connections allowed|server login has been failing|query_wait_timeout"
-    "|cannot connect to server|shutting down"
+    "|cannot connect to server|shutting down|bouncer config error"
 )
 # What asyncpg says, by an error that has no other sign, when a server has no TLS.
 _NO_TLS: Final = "rejected SSL upgrade"
@@ -69,19 +71,20 @@ class Lease:
         driver: asyncpg's connection, outside any transaction.
     """
 
-    __slots__ = ("_engine", "_fairy", "_opened", "_pool", "_used", "driver")
+    __slots__ = ("_cut", "_engine", "_fairy", "_opened", "_pool", "_used", "driver")
 
     def __init__(self, pool: "Pool", engine: AsyncEngine, fairy: PoolProxiedConnection) -> None:
         self._pool = pool
         self._engine = engine
         self._fairy = fairy
+        self._cut = False
         self._opened = self._used = time.monotonic()
         self.driver = cast("asyncpg.Connection[asyncpg.Record]", fairy.driver_connection)
 
     @property
     def is_clean(self) -> bool:
         """Whether it is connected and outside any transaction, as far as the client knows."""
-        return not self.driver.is_closed() and not self.driver.is_in_transaction()
+        return not (self._cut or self.driver.is_closed() or self.driver.is_in_transaction())
 
     @property
     def is_old(self) -> bool:
@@ -126,11 +129,27 @@ class Lease:
         self._pool.mark = f" /* {token_hex(4)} */"
 
     def terminate(self) -> None:
-        """Cut the connection, because nobody knows what state it is in. Does not wait."""
-        self.driver.terminate()
+        """Cut the connection, because nobody knows what state it is in. Does not wait.
 
-    def forget(self) -> None:
-        """Drop a connection, cutting it if need be. Does not wait."""
+        If the driver is about to tell the server that a statement was given up, that is let
+        happen first, in the background: the server would go on with it, and hold its locks, and a
+        pooler passes the word on only as long as the connection is there.
+        """
+        if self._cut:
+            return
+        self._cut = True
+        if telling := set(cast("Any", self.driver)._cancellations):  # noqa: SLF001  # the driver has no other way
+            self._pool.cut_later(self._told(telling))
+        else:
+            self._drop()
+
+    async def _told(self, telling: set[asyncio.Task[None]]) -> None:
+        try:
+            await asyncio.wait(telling, timeout=_CANCEL_SECONDS)
+        finally:
+            self._drop()
+
+    def _drop(self) -> None:
         self.driver.terminate()
         if self._fairy.is_valid:
             self._fairy.invalidate()
@@ -143,7 +162,7 @@ class Lease:
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             _logger.info("a connection broke while it was closed: %s", type(error).__name__)
         finally:
-            self.forget()
+            self.terminate()
 
     def sqlalchemy(self) -> AsyncConnection:
         """Return SQLAlchemy's view of it, which sends no BEGIN and no COMMIT of its own."""
@@ -185,6 +204,7 @@ class Pool:
         self._idle: list[Lease] = []
         self._in_use = 0
         self._waiting = 0
+        self._cutting: set[asyncio.Task[None]] = set()
         self._keeping = True
         self._closing = asyncio.Lock()
         self.mark = ""
@@ -222,7 +242,7 @@ class Pool:
         self._in_use -= 1
         try:
             if not lease.is_clean:
-                lease.forget()
+                lease.terminate()
             elif self._keeping and len(self._idle) < self._kept and not lease.is_old:
                 lease.rest()
                 self._idle.append(lease)
@@ -230,6 +250,12 @@ class Pool:
                 await lease.close()
         finally:
             self._free.release()
+
+    def cut_later(self, cut: Coroutine[Any, Any, None]) -> None:
+        """Run what cuts a connection, which is no longer counted; `close` waits for it."""
+        task = asyncio.get_running_loop().create_task(cut)
+        self._cutting.add(task)
+        task.add_done_callback(self._cutting.discard)
 
     async def close(self) -> None:
         """Close all connections, once they are back, for good.
@@ -251,25 +277,25 @@ class Pool:
                     self._free.release()
                 self._keeping = False
                 idle, self._idle = self._idle, []
-                await asyncio.gather(*(lease.close() for lease in idle))
+                await asyncio.gather(*(lease.close() for lease in idle), *self._cutting)
 
     async def _last_used(self) -> Lease | None:
         while self._idle:
             lease = self._idle.pop()
             # The server may have closed it meanwhile; asking the client costs no round trip.
             if not lease.is_clean or lease.is_old:
-                lease.forget()
+                lease.terminate()
                 continue
             try:
                 if not lease.was_long_idle or await lease.answers():
                     return lease
             except BaseException:
-                lease.forget()
+                lease.terminate()
                 raise
             # The others rested even longer: whatever took this one took them.
             gone, self._idle = [lease, *self._idle], []
             for lost in gone:
-                lost.forget()
+                lost.terminate()
         return None
 
     async def _connect(self) -> Lease:
@@ -296,7 +322,8 @@ class Pool:
                     wait_jitter=0.1,
                 ):
                     with attempt:
-                        return await self._connect_once()
+                        # One may have come back meanwhile.
+                        return await self._last_used() or await self._connect_once()
         except TimeoutError:
             pass
         raise failure
