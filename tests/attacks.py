@@ -39,6 +39,8 @@ from todo_db import (
 from todo_db.transaction import Context
 
 SECRET: Final = "known to alice"  # noqa: S105  # a title
+TABLES: Final = ("users", "tasks", "idempotency_keys")
+KEY: Final = "alice's key"
 _CUTS: Final = 40
 MALLORYS: Final = frozenset({"mallory"})
 
@@ -93,6 +95,27 @@ def _list(sort: TaskSort, completed: bool | None, search: str | None, *, after: 
         ),
         MALLORYS,
     )
+
+
+async def _own(at: Repositories, user_id: str, created: TaskRecord) -> TaskRecord:
+    """Return the task if it is stored as the user's: an answer alone says what was asked for."""
+    return await at.tasks.get(user_id, created.id)
+
+
+async def _create_as_alice_did(at: Repositories, user_id: str, prey: Prey) -> list[TaskRecord]:
+    created = await at.tasks.create_many(user_id, new_of(prey.tasks), idempotency_key=KEY)
+    return [await _own(at, user_id, task) for task in created]
+
+
+async def _create_another(at: Repositories, user_id: str, _prey: Prey) -> TaskRecord:
+    return await _own(
+        at, user_id, await at.tasks.create(user_id, "new", idempotency_key=f"{KEY} too")
+    )
+
+
+def new_of(tasks: list[TaskRecord]) -> list[NewTask]:
+    """What one would ask for to get such tasks, the oldest first."""
+    return [NewTask(task.title, task.description, task.completed) for task in reversed(tasks)]
 
 
 _FILTERS: Final = tuple(product(TaskSort, (None, True), (None, SECRET)))
@@ -162,6 +185,9 @@ ATTACKS: Final = (
         lambda at, user_id, _: at.tasks.create_many(user_id, [NewTask("new")]),
         MALLORYS,
     ),
+    # The same keys as alice's, with the same arguments and with others.
+    Attack("tasks.create_many", _create_as_alice_did, MALLORYS),
+    Attack("tasks.create", _create_another, MALLORYS),
     Attack("users.get", lambda at, user_id, _: at.users.get(user_id), MALLORYS),
     Attack(
         "users.ensure",
@@ -193,10 +219,10 @@ async def prey_for(db: Database) -> Prey:
     await db.users.update("alice", username="alice")
     await db.users.create("mallory", email="mallory@example.org", name="Mallory")
     await db.tasks.create("mallory", "before")
-    await db.tasks.create_many(
-        "alice", [NewTask(f"{SECRET} {i}", SECRET, completed=i % 2 == 0) for i in range(4)]
-    )
-    await db.tasks.create("mallory", "mine", completed=True)
+    hers = [NewTask(f"{SECRET} {i}", SECRET, completed=i % 2 == 0) for i in range(4)]
+    await db.tasks.create_many("alice", hers, idempotency_key=KEY)
+    await db.tasks.create_many("alice", [], idempotency_key=f"{KEY} too")
+    await db.tasks.create("mallory", "mine", completed=True, idempotency_key="mallory's key")
     cursors = {}
     for sort, completed, search in _FILTERS:
         page = await db.tasks.list("alice", sort=sort, completed=completed, search=search, limit=1)
@@ -209,8 +235,12 @@ async def rows_of(owner: Connection, user_id: str) -> list[object]:
     """Everything that is stored of a user."""
     return [
         tuple(row)
-        for sql in ("SELECT * FROM users WHERE id = $1", "SELECT * FROM tasks WHERE user_id = $1")
-        for row in await owner.fetch(f"{sql} ORDER BY id", user_id)
+        for sql in (
+            "SELECT * FROM users WHERE id = $1",
+            "SELECT * FROM idempotency_keys WHERE user_id = $1",
+            "SELECT * FROM tasks WHERE user_id = $1",
+        )
+        for row in await owner.fetch(f"{sql} ORDER BY 1, 2", user_id)
     ]
 
 
@@ -316,6 +346,7 @@ async def raw_sql_does_not_cross(db: Database, owner: Connection, _prey: Prey) -
     async with db.transaction("mallory") as tx:
         assert await rows(tx, "SELECT user_id FROM tasks") == ["mallory", "mallory"]
         assert await rows(tx, "SELECT id FROM users") == ["mallory"]
+        assert await rows(tx, "SELECT key FROM idempotency_keys") == ["mallory's key"]
         assert await count(tx, "UPDATE tasks SET title = 'taken'") == 2
         assert await count(tx, "UPDATE users SET name = 'taken'") == 1
         assert await count(tx, "DELETE FROM tasks") == 2
@@ -324,7 +355,7 @@ async def raw_sql_does_not_cross(db: Database, owner: Connection, _prey: Prey) -
 
 
 async def open_policy_is_fenced(db: Database, owner: Connection, prey: Prey) -> None:
-    for table in ("users", "tasks"):
+    for table in TABLES:
         await owner.execute(f"CREATE POLICY open ON {table} USING (true) WITH CHECK (true)")
     await raw_sql_does_not_cross(db, owner, prey)
 
@@ -346,7 +377,7 @@ async def granted_tables_are_fenced(_db: Database, owner: Connection, _prey: Pre
     """)
     assert [tuple(row) for row in found] == [
         (table, True, True, [f"{table}_fencefalse*", f"{table}_owntrue*"])
-        for table in ("tasks", "users")
+        for table in sorted(TABLES)
     ]
 
 
@@ -363,10 +394,53 @@ async def id_cannot_be_chosen(db: Database, _owner: Connection, prey: Prey) -> N
 async def owner_cannot_be_changed(db: Database, owner: Connection, _prey: Prey) -> None:
     before = await rows_of(owner, "alice")
     async with db.transaction("mallory") as tx:
-        for table, column in (("tasks", "user_id"), ("users", "id")):
+        columns = (("tasks", "user_id"), ("users", "id"), ("idempotency_keys", "user_id"))
+        for table, column in columns:
             for value in ("'alice'", column):
                 assert await refusal(tx, f"UPDATE {table} SET {column} = {value}") == "42501"
     assert await rows_of(owner, "alice") == before
+
+
+async def keys_cannot_be_planted(db: Database, owner: Connection, _prey: Prey) -> None:
+    """A key in alice's name would block hers; a refusal that depends on it would tell of it."""
+    before = await rows_of(owner, "alice")
+    async with db.transaction("mallory") as tx:
+        for user_id in ("alice", "nobody"):
+            for key in (KEY, "new"):
+                for conflict in (
+                    "",
+                    "ON CONFLICT DO NOTHING",
+                    "ON CONFLICT (key, user_id) DO NOTHING",
+                ):
+                    insert = f"{key_for(user_id, key)} {conflict}"
+                    assert await refusal(tx, insert) == "42501"
+    assert await rows_of(owner, "alice") == before
+
+
+def key_for(user_id: str, key: str) -> str:
+    """Return the INSERT of a key, as far as the role is granted one."""
+    literal = key.replace("'", "''")
+    return (
+        "INSERT INTO idempotency_keys (user_id, key, fingerprint, task_ids)"
+        f" VALUES ('{user_id}', '{literal}', repeat('0', 64), '{{}}')"
+    )
+
+
+async def keys_cannot_be_taken_back(db: Database, owner: Connection, _prey: Prey) -> None:
+    """Not even one's own: what was stored once could then be stored again."""
+    before = await rows_of(owner, "mallory")
+    async with db.transaction("mallory") as tx:
+        for sql in (
+            "DELETE FROM idempotency_keys",
+            "TRUNCATE idempotency_keys",
+            "UPDATE idempotency_keys SET key = key || '!'",
+            "UPDATE idempotency_keys SET fingerprint = repeat('0', 64)",
+            "UPDATE idempotency_keys SET task_ids = '{}'",
+            "UPDATE idempotency_keys SET created_at = DEFAULT",
+            f"{key_for('mallory', KEY)} ON CONFLICT (user_id, key) DO UPDATE SET task_ids = '{{}}'",
+        ):
+            assert await refusal(tx, sql) == "42501", sql
+    assert await rows_of(owner, "mallory") == before
 
 
 async def other_user_is_refused(db: Database, _owner: Connection, prey: Prey) -> None:
@@ -478,7 +552,7 @@ async def _turns(task: asyncio.Task[TaskRecord], most: int = 1_000_000) -> int:
 
 
 async def disable_row_security(owner: Connection) -> None:
-    for table in ("users", "tasks"):
+    for table in TABLES:
         await owner.execute(
             f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY, NO FORCE ROW LEVEL SECURITY"
         )

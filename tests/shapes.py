@@ -11,7 +11,9 @@ from todo_db.pagination import TaskSort
 from todo_db.repositories import Statement, tasks, users
 
 _FLAGS: Final = (False, True)
-_OWNER: Final = re.compile(r"\b(?:tasks\.user_id|users\.id) = (\$\d+::VARCHAR)")
+_OWNER: Final = re.compile(
+    r"\b(?:tasks\.user_id|users\.id|idempotency_keys\.user_id) = (\$\d+::VARCHAR)"
+)
 _OWNER_IN_KEY: Final = re.compile(
     r"\(tasks\.user_id, tasks\.id\) ([<>]) \(\(SELECT \$\d+::VARCHAR AS anon_1\), ([^)]*)\)"
 )

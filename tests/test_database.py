@@ -228,7 +228,7 @@ class TestOpen:
     async def test_A1_A3_refuses_tables_that_do_not_bind_the_role(
         self, url: str, superuser: Connection
     ) -> None:
-        for table in ("tasks", "users"):
+        for table in ("tasks", "users", "idempotency_keys"):
             for weakness, cure in (
                 ("DISABLE ROW LEVEL SECURITY", "ENABLE ROW LEVEL SECURITY"),
                 ("NO FORCE ROW LEVEL SECURITY", "FORCE ROW LEVEL SECURITY"),
@@ -255,7 +255,7 @@ class TestOpen:
 
     async def test_refuses_until_the_last_migration(self, empty: str) -> None:
         database = Database.from_url(empty)
-        for revision in ("base", "0001"):
+        for revision in ("base", "0001", "0002", "0003"):
             if revision != "base":
                 await upgrade(empty, revision)
             with pytest.raises(SchemaError):
@@ -590,6 +590,12 @@ type Outcome = Callable[[Database, int, datetime], Awaitable[object]]
 # What each method does when its COMMIT is lost: whether it answers all the same.
 ANSWERS: Final[dict[str, Outcome]] = {
     "tasks.count": lambda db, _id, _at: db.tasks.count("alice"),
+    "tasks.create with a key": lambda db, _id, _at: db.tasks.create(
+        "alice", "new", idempotency_key="key"
+    ),
+    "tasks.create_many with a key": lambda db, _id, _at: db.tasks.create_many(
+        "alice", [NewTask("new"), NewTask("newer")], idempotency_key="key"
+    ),
     "tasks.delete": lambda db, id_, _at: db.tasks.delete("alice", id_),
     "tasks.get": lambda db, id_, _at: db.tasks.get("alice", id_),
     "tasks.iterate": lambda db, _id, _at: anext(aiter(db.tasks.iterate("alice"))),
@@ -661,7 +667,11 @@ class TestLostCommit:
         """All rows but their moments, to compare what one and two applications would leave."""
         users = await owner.fetch("SELECT id, name FROM users ORDER BY id")
         tasks = await owner.fetch("SELECT user_id, title, completed FROM tasks ORDER BY id")
-        return {"users": [tuple(row) for row in users], "tasks": [tuple(row) for row in tasks]}
+        keys = await owner.fetch("SELECT user_id, key, cardinality(task_ids) FROM idempotency_keys")
+        return {
+            name: [tuple(row) for row in rows]
+            for name, rows in {"users": users, "tasks": tasks, "keys": keys}.items()
+        }
 
     @staticmethod
     async def start_again(owner: Connection) -> tuple[int, datetime]:
@@ -738,6 +748,7 @@ class TestLostCommit:
             calls: dict[str, Callable[[], Awaitable[object]]] = {
                 "update": lambda: far.tasks.update("alice", task.id, title="new"),
                 "delete": lambda: far.tasks.delete("alice", task.id),
+                "create with a key": lambda: far.tasks.create("alice", "x", idempotency_key="key"),
                 "users.update": lambda: far.users.update("alice", name="New"),
                 "ensure": lambda: far.users.ensure("carol", email="carol@example.org", name=""),
             }
@@ -747,7 +758,7 @@ class TestLostCommit:
                 with pytest.raises(OutcomeUnknownError):
                     await call()
                 assert not proxy.pending, name
-        assert await titles_and_names(owner) == ([], ["Bob", "New", ""])
+        assert await titles_and_names(owner) == (["x"], ["Bob", "New", ""])
 
     async def test_retries_turned_off(self, db: Database, proxy: Proxy) -> None:
         task = await db.tasks.create("alice", "old")

@@ -269,6 +269,13 @@ class TestTranslated:
             assert any(sqlstate.startswith(mapped) for sqlstate in SQLSTATES), mapped
 
 
+def _keys(user_id: str, key: str, *, number: int = 1) -> str:
+    return (
+        "INSERT INTO idempotency_keys (user_id, key, fingerprint, task_ids)"
+        f" SELECT '{user_id}', {key}, repeat('0', 64), '{{}}' FROM generate_series(1, {number})"
+    )
+
+
 # Statements of the owner's, whom neither grants nor policies hold back.
 VIOLATIONS = {
     "pk_users": "INSERT INTO users (id, email) VALUES ('swordfish', 'bob@example.org')",
@@ -292,6 +299,9 @@ VIOLATIONS = {
     "ck_tasks_timestamps_range": (
         "INSERT INTO tasks (user_id, title, created_at) VALUES ('swordfish', 'x', '0044-03-15 BC')"
     ),
+    "pk_idempotency_keys": _keys("swordfish", "'swordfish'", number=2),
+    "fk_idempotency_keys_user_id_users": _keys("swordfish 2", "'x'"),
+    "ck_idempotency_keys_key_length": _keys("swordfish", "repeat('swordfish', 29)"),
 }
 FIELDS = {
     "ck_users_id_length": "user_id",
@@ -300,21 +310,23 @@ FIELDS = {
     "ck_tasks_title_not_blank": "title",
     "ck_tasks_description_length": "description",
     "ck_tasks_timestamps_range": "created_at",
+    "ck_idempotency_keys_key_length": "idempotency_key",
 }
 
 
 class TestConstraints:
-    async def test_are_all_mapped_but_the_one_that_cannot_be_violated(
+    async def test_are_all_mapped_but_those_that_cannot_be_violated(
         self, owner: Connection
     ) -> None:
         found = await owner.fetch("""
             SELECT conname FROM pg_constraint
-            WHERE conrelid IN ('users'::regclass, 'tasks'::regclass)
+            WHERE conrelid::regclass::text IN ('users', 'tasks', 'idempotency_keys')
                 AND contype IN ('c', 'u', 'p', 'f', 'x')
         """)
-        # Nobody chooses the id of a task, and none is given twice.
-        assert {name for (name,) in found} == errors._BY_CONSTRAINT.keys() | {"pk_tasks"}
-        assert "pk_tasks" not in errors._BY_CONSTRAINT
+        # Nobody chooses the id of a task, and every SHA-256 is as long as any other.
+        unmapped = {"pk_tasks", "ck_idempotency_keys_fingerprint_length"}
+        assert {name for (name,) in found} == errors._BY_CONSTRAINT.keys() | unmapped
+        assert errors._BY_CONSTRAINT.keys().isdisjoint(unmapped)
 
     async def test_I110_each_one_is_mapped_from_a_real_violation(
         self, database: Database, owner: Connection
@@ -354,6 +366,7 @@ class TestConstraints:
         for constraint, number in (
             ("ck_tasks_description_length", "65536"),
             ("ck_users_id_length", "255"),
+            ("ck_idempotency_keys_key_length", "255"),
         ):
             definition = await owner.fetchval(
                 "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = $1", constraint

@@ -127,6 +127,7 @@ BAD: dict[str, dict[str, object]] = {
         "None in a list": [NewTask("x"), None],
         "I109 too many": [NewTask("x")] * (BATCH_MAX + 1),
     },
+    "idempotency_key": {**BROKEN_TEXT, **BLANK, "256 characters": "k" * 256},
     "changes": {
         "I74 id": {"id": 2},
         "I105 created_at": {"created_at": datetime.now(UTC)},
@@ -191,6 +192,7 @@ GOOD: dict[str, object] = {
     "task_id": 1,
     "task_ids": (1, 2),
     "tasks": [NewTask("Buy milk")],
+    "idempotency_key": "4f7c8f0e-1c3f-4b8a-9a53-0a4f5a0f6d1e",
     "email": "alice@example.org",
     "name": "",
     "username": None,
@@ -209,6 +211,7 @@ CHECKS: dict[str, Callable[[Any], object]] = {
     "task_id": inputs.task_id,
     "task_ids": inputs.task_ids,
     "tasks": inputs.new_tasks,
+    "idempotency_key": inputs.idempotency_key,
     "changes": inputs.task_changes,
     "email": inputs.email,
     "name": inputs.name,
@@ -286,7 +289,18 @@ METHODS: dict[str, dict[str, Method]] = {
         "update_many": lambda tasks, _, bad: tasks.update_many("alice", bad, completed=True),
         "delete_many": lambda tasks, _, bad: tasks.delete_many("alice", bad),
     },
-    "tasks": {"create_many": lambda tasks, _, bad: tasks.create_many("alice", bad)},
+    "tasks": {
+        "create_many": lambda tasks, _, bad: tasks.create_many("alice", bad),
+        "create_many with a key": lambda tasks, _, bad: tasks.create_many(
+            "alice", bad, idempotency_key="key"
+        ),
+    },
+    "idempotency_key": {
+        "create": lambda tasks, _, bad: tasks.create("alice", "x", idempotency_key=bad),
+        "create_many": lambda tasks, _, bad: tasks.create_many(
+            "alice", [NewTask("x")], idempotency_key=bad
+        ),
+    },
     "changes": {
         "tasks.update": lambda tasks, _, bad: tasks.update("alice", 1, **bad),
         "tasks.update_many": lambda tasks, _, bad: tasks.update_many("alice", [1], **bad),
@@ -395,6 +409,10 @@ class TestChecks:
             ("task_id", -(2**63)),
             ("task_id", 0),
             ("tasks", []),
+            ("idempotency_key", "k"),
+            ("idempotency_key", "k" * 255),
+            ("idempotency_key", "\U0001f642" * 255),
+            ("idempotency_key", " k "),
             ("name", "n" * 255),
             ("username", "n" * 255),
             ("image", "n" * 65_536),

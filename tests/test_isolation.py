@@ -13,7 +13,7 @@ import asyncpg
 import attacks
 import pytest
 import pytest_asyncio
-from attacks import SECRET, Prey, begin, count, lent, refusal, rows, sent
+from attacks import KEY, SECRET, TABLES, Prey, begin, count, key_for, lent, refusal, rows, sent
 from driver import Connection
 from shapes import SHAPES, without_owner
 from sqlalchemy import insert, text, update
@@ -80,6 +80,7 @@ async def planted(server: EmbeddedPostgres, *plant: str) -> AsyncGenerator[Conne
                 ALTER TABLE users OWNER TO todo_owner;
                 ALTER TABLE tasks OWNER TO todo_owner;
                 ALTER TABLE tasks ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+                ALTER TABLE idempotency_keys FORCE ROW LEVEL SECURITY;
                 DROP ROLE IF EXISTS planted;
                 TRUNCATE users CASCADE
             """)
@@ -103,6 +104,7 @@ class TestOpen:
             ("ALTER TABLE tasks NO FORCE ROW LEVEL SECURITY",),
             ("ALTER TABLE tasks DISABLE ROW LEVEL SECURITY",),
             ("ALTER TABLE tasks OWNER TO todo_app",),
+            ("ALTER TABLE idempotency_keys NO FORCE ROW LEVEL SECURITY",),
             ("ALTER ROLE todo_app BYPASSRLS",),
             ("ALTER ROLE todo_app SUPERUSER",),
             (
@@ -120,6 +122,7 @@ class TestOpen:
             "A1 not forced",
             "A1 disabled",
             "A1 owner",
+            "A1 keys not forced",
             "A2 bypasses",
             "A2 superuser",
             "A3 member of the owner",
@@ -203,6 +206,9 @@ class TestRoles:
                 "ALTER TABLE tasks NO FORCE ROW LEVEL SECURITY",
                 "DROP POLICY tasks_fence ON tasks",
                 "ALTER POLICY tasks_own ON tasks USING (true)",
+                "DROP POLICY idempotency_keys_fence ON idempotency_keys",
+                "CREATE POLICY mine ON idempotency_keys USING (true)",
+                "TRUNCATE idempotency_keys",
                 "CREATE POLICY mine ON tasks USING (true)",
                 "CREATE TRIGGER t AFTER UPDATE ON tasks EXECUTE FUNCTION set_updated_at()",
                 "CREATE TABLE mine (id bigint)",
@@ -226,6 +232,7 @@ class TestRoles:
         """)
         assert [row[0] for row in held] == [
             "alembic_version:SELECT",
+            "idempotency_keys:SELECT",
             "tasks:DELETE",
             "tasks:SELECT",
             "users:DELETE",
@@ -251,7 +258,7 @@ class TestRoles:
             with pytest.raises(TransactionError):
                 await tx.execute(text("SET LOCAL row_security = off"))
             await rows(tx, "SELECT set_config('row_security', 'off', true)")
-            for table in ("users", "tasks"):
+            for table in TABLES:
                 assert await refusal(tx, f"SELECT * FROM {table}") == "42501"
                 assert await refusal(tx, f"DELETE FROM {table}") == "42501"
 
@@ -270,16 +277,22 @@ class TestPolicies:
     async def test_B2_B8_say_this_and_no_more(self, owner: Connection) -> None:
         found = await owner.fetch("""
             SELECT tablename, policyname, permissive, roles::text[], cmd, qual, with_check
-            FROM pg_policies ORDER BY policyname
+            FROM pg_policies WHERE roles <> '{todo_auth}' ORDER BY policyname
         """)
         assert [tuple(row) for row in found] == [
             (table, f"{table}_{name}", kind, ["todo_app"], "ALL", expression, expression)
             for table, expression in (
+                ("idempotency_keys", f"(user_id = {_CONTEXT})"),
                 ("tasks", f"(user_id = {_CONTEXT})"),
                 ("users", f"(id = {_CONTEXT})"),
             )
             for name, kind in (("fence", "RESTRICTIVE"), ("own", "PERMISSIVE"))
         ]
+        of_better_auth = await owner.fetch(
+            "SELECT tablename FROM pg_policies WHERE roles = '{todo_auth}' ORDER BY tablename"
+        )
+        tables = ["accounts", "jwks", "sessions", "users", "verifications"]
+        assert [row[0] for row in of_better_auth] == tables
 
     async def test_B3_E3_no_context_and_an_empty_one_are_nobody(
         self, url: str, db: Database, owner: Connection, prey: Prey
@@ -289,7 +302,9 @@ class TestPolicies:
         await owner.execute("""
             ALTER TABLE users DROP CONSTRAINT ck_users_id_length;
             INSERT INTO users (id, email) VALUES ('', 'nobody@example.org');
-            INSERT INTO tasks (user_id, title) VALUES ('', 'of nobody')
+            INSERT INTO tasks (user_id, title) VALUES ('', 'of nobody');
+            INSERT INTO idempotency_keys (user_id, key, fingerprint, task_ids)
+            VALUES ('', 'of nobody', repeat('0', 64), '{}')
         """)
         async with connected(url) as connection:
             for context in (
@@ -304,6 +319,7 @@ class TestPolicies:
                 for table in ("users", "tasks"):
                     assert await connection.fetch(f"SELECT FROM {table}") == [], context
                     assert await connection.execute(f"DELETE FROM {table}") == "DELETE 0", context
+                assert await connection.fetch("SELECT FROM idempotency_keys") == [], context
                 await connection.execute("ROLLBACK")
         await owner.execute("DELETE FROM users WHERE id = ''")
         with pytest.raises(asyncpg.InsufficientPrivilegeError):
@@ -370,7 +386,12 @@ class TestPolicies:
         self, db: Database
     ) -> None:
         async with db.transaction("mallory") as tx:
-            for sql in ("SELECT * FROM tasks", "DELETE FROM tasks", "SELECT * FROM users"):
+            for sql in (
+                "SELECT * FROM tasks",
+                "DELETE FROM tasks",
+                "SELECT * FROM users",
+                "SELECT * FROM idempotency_keys",
+            ):
                 plan = "\n".join(map(str, await rows(tx, f"EXPLAIN (COSTS OFF) {sql}")))
                 assert "InitPlan" in plan, plan
                 assert "current_setting" not in plan, plan
@@ -389,12 +410,17 @@ class TestObjects:
         """)
         assert others == []
 
-    async def test_C3_no_function_runs_as_somebody_else(self, owner: Connection) -> None:
+    async def test_C3_no_function_runs_as_somebody_else_but_the_listed_one(
+        self, owner: Connection
+    ) -> None:
         functions = await owner.fetch("""
             SELECT proname, prosecdef, proconfig FROM pg_proc
-            WHERE pronamespace = 'public'::regnamespace
+            WHERE pronamespace = 'public'::regnamespace ORDER BY proname
         """)
-        assert [tuple(row) for row in functions] == [("set_updated_at", False, ['search_path=""'])]
+        assert [tuple(row) for row in functions] == [
+            ("find_credential", True, ['search_path=""']),
+            ("set_updated_at", False, ['search_path=""']),
+        ]
 
     async def test_C5_copy_gives_own_rows_and_takes_none(
         self, url: str, owner: Connection, prey: Prey
@@ -433,6 +459,48 @@ class TestOracles:
                 sql = f"INSERT INTO tasks (user_id, title) VALUES ('{user_id}', 'probe')"
                 assert await refusal(tx, sql) == "42501"
 
+    async def test_D1_D2_key_of_another_user_is_refused_whether_or_not_it_exists(
+        self, db: Database, owner: Connection, prey: Prey
+    ) -> None:
+        await attacks.keys_cannot_be_planted(db, owner, prey)
+
+    async def test_D2_refusal_of_a_key_does_not_wait_for_a_call_under_way(
+        self, db: Database
+    ) -> None:
+        async with db.transaction("alice") as hers:
+            await hers.tasks.create("alice", SECRET, idempotency_key=KEY)
+            async with asyncio.timeout(30), db.transaction("bob") as tx:
+                assert await refusal(tx, key_for("alice", KEY)) == "42501"
+                await tx.tasks.create("bob", "his", idempotency_key=KEY)
+        assert await db.tasks.count("bob") == 1
+
+    async def test_keys_cannot_be_taken_back(
+        self, db: Database, owner: Connection, prey: Prey
+    ) -> None:
+        await attacks.keys_cannot_be_taken_back(db, owner, prey)
+
+    async def test_D3_key_that_was_given_foreign_ids_shows_no_task(
+        self, db: Database, owner: Connection, prey: Prey
+    ) -> None:
+        asked = attacks.new_of(prey.tasks)
+        await db.tasks.create_many("mallory", asked, idempotency_key="probe")
+        fingerprint = await owner.fetchval(
+            "SELECT fingerprint FROM idempotency_keys WHERE key = 'probe'"
+        )
+        async with db.transaction("mallory") as tx:
+            await rows(
+                tx,
+                "INSERT INTO idempotency_keys (user_id, key, fingerprint, task_ids) VALUES"
+                f" ('mallory', 'forged', '{fingerprint}', ARRAY{prey.ids}) RETURNING key",
+            )
+        await owner.execute("UPDATE tasks SET title = 'private' WHERE user_id = 'alice'")
+        forged = await db.tasks.create_many("mallory", asked, idempotency_key="forged")
+        # What mallory asked for herself, under numbers that she chose herself.
+        assert attacks.new_of(forged[::-1]) == asked
+        for task in forged:
+            with pytest.raises(TaskNotFoundError):
+                await db.tasks.get("mallory", task.id)
+
     async def test_D4_errors_carry_no_stored_value(self, db: Database) -> None:
         async with db.transaction("bob") as tx:
             await tx.tasks.create("bob", "his")
@@ -441,6 +509,8 @@ class TestOracles:
                 "INSERT INTO tasks (user_id, title) VALUES ('alice', 'mark')",
                 "INSERT INTO tasks (user_id, title) VALUES ('bob', ' ')",
                 "UPDATE tasks SET title = NULL",
+                key_for("alice", "mark"),
+                f"{key_for('bob', 'mark')}, ('bob', 'mark', repeat('0', 64), '{{}}')",
             ):
                 with pytest.raises(DBAPIError) as refused:
                     async with tx.savepoint():
@@ -492,8 +562,8 @@ class TestOracles:
         self, db: Database, owner: Connection, prey: Prey
     ) -> None:
         assert prey.tasks
-        await owner.execute("ANALYZE users, tasks")
-        statistics = "SELECT count(*) FROM pg_stats WHERE tablename IN ('users', 'tasks')"
+        await owner.execute("ANALYZE users, tasks, idempotency_keys")
+        statistics = f"SELECT count(*) FROM pg_stats WHERE tablename IN {TABLES}"
         assert await owner.fetchval(statistics) > 0
         async with db.transaction("mallory") as tx:
             assert await rows(tx, statistics) == [0]
@@ -748,6 +818,7 @@ class TestEitherLineAlone:
         await attacks.disable_row_security(owner)
         async with db.transaction("mallory") as tx:
             assert "alice" in await rows(tx, "SELECT user_id FROM tasks")
+            assert KEY in await rows(tx, "SELECT key FROM idempotency_keys")
         await attacks.repositories_do_not_cross(db, owner, prey)
 
     async def test_row_security_holds_without_predicates(

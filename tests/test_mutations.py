@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from typing import Final
 
 import attacks
+import keys
 import pytest
 import pytest_asyncio
 from attacks import Prey
 from driver import Connection
 from shapes import SHAPES, without_owner
 
-from todo_db import Database, Transaction
+from todo_db import Database, Transaction, errors
 from todo_db.embedded import OWNER, EmbeddedPostgres
 from todo_db.engine import Pool
+from todo_db.repositories import Statement, tasks
 from todo_db.transaction import Context, Unit
 
 type Check = Callable[[Database, Connection, Prey], Awaitable[None]]
@@ -32,6 +34,8 @@ CHECKS: Final[tuple[Check, ...]] = (
     attacks.dirty_connection_is_not_kept,
     attacks.dirty_connection_is_not_lent,
     attacks.granted_tables_are_fenced,
+    attacks.keys_cannot_be_planted,
+    attacks.keys_cannot_be_taken_back,
     attacks.id_cannot_be_chosen,
     attacks.nothing_runs_after_a_commit,
     attacks.nothing_stays_on_a_connection,
@@ -40,6 +44,11 @@ CHECKS: Final[tuple[Check, ...]] = (
     attacks.owner_cannot_be_changed,
     attacks.raw_sql_does_not_cross,
     attacks.repositories_do_not_cross,
+    keys.first_answer_is_kept,
+    keys.lost_commit_is_resolved,
+    keys.lost_race_leaves_a_transaction_usable,
+    keys.other_arguments_are_refused,
+    keys.second_call_finds_the_first,
 )
 
 
@@ -67,7 +76,7 @@ async def test_check_passes_while_every_defence_stands(scene: Scene, check: Chec
     await check(*scene)
 
 
-@pytest.mark.parametrize("table", ["users", "tasks"])
+@pytest.mark.parametrize("table", attacks.TABLES)
 @pytest.mark.parametrize(
     ("mutation", "check"),
     [
@@ -95,6 +104,20 @@ async def test_schema_without_the_column_grant_of_inserts(scene: Scene, owner: C
     await fails(attacks.id_cannot_be_chosen, scene)
 
 
+@pytest.mark.parametrize("mutation", ["GRANT DELETE", "GRANT UPDATE", "GRANT UPDATE (task_ids)"])
+async def test_keys_granted_more(scene: Scene, owner: Connection, mutation: str) -> None:
+    await owner.execute(f"{mutation} ON idempotency_keys TO todo_app")
+    await fails(attacks.keys_cannot_be_taken_back, scene)
+
+
+async def test_keys_without_the_check_of_their_policies(scene: Scene, owner: Connection) -> None:
+    for policy in ("own", "fence"):
+        await owner.execute(
+            f"ALTER POLICY idempotency_keys_{policy} ON idempotency_keys WITH CHECK (true)"
+        )
+    await fails(attacks.keys_cannot_be_planted, scene)
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -104,6 +127,7 @@ async def test_schema_without_the_column_grant_of_inserts(scene: Scene, owner: C
         "tasks_page-recently_updated-search-after",
         "tasks_page-title-completed",
         "tasks_count",
+        "tasks_create_keyed",
         "tasks_update-title",
         "tasks_update_if-title",
         "tasks_update_many-title",
@@ -184,7 +208,7 @@ class Mutation:
             attacks.dirty_connection_is_not_kept,
         ),
         (
-            Mutation(Pool, "_last_used", "if lease.is_clean", "if lease"),
+            Mutation(Pool, "_last_used", "not lease.is_clean or lease.is_old", "lease.is_old"),
             attacks.dirty_connection_is_not_lent,
         ),
     ],
@@ -206,3 +230,57 @@ async def test_package_without(
 ) -> None:
     mutation.apply(monkeypatch)
     await fails(check, scene)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "check"),
+    [
+        (
+            Mutation(
+                tasks, "_create_keyed", "_create_given(owner, unknown)", "_create_given(owner)"
+            ),
+            keys.first_answer_is_kept,
+        ),
+        (
+            Mutation(tasks, "_create_keyed", ".where(\n                unknown\n            )", ""),
+            keys.first_answer_is_kept,
+        ),
+        (
+            Mutation(tasks, "_keyed", "rows[0][2] != fingerprint", "False"),
+            keys.other_arguments_are_refused,
+        ),
+        (
+            Mutation(tasks, "_keyed", "digest.update(", "id("),
+            keys.other_arguments_are_refused,
+        ),
+        (
+            Mutation(tasks, "_keyed", "Repeat.SAME", "Repeat.NEVER"),
+            keys.lost_commit_is_resolved,
+        ),
+        (
+            Mutation(tasks, "_keyed", "may_fail=True", "may_fail=False"),
+            keys.lost_race_leaves_a_transaction_usable,
+        ),
+    ],
+    ids=[
+        "unless the key is known: the tasks",
+        "unless the key is known: the key",
+        "comparison of the arguments",
+        "arguments in the fingerprint",
+        "repetition",
+        "savepoint",
+    ],
+)
+async def test_key_without(
+    scene: Scene, mutation: Mutation, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutation.apply(monkeypatch)
+    monkeypatch.setattr(tasks, "_CREATE_KEYED", Statement(tasks._create_keyed))
+    await fails(check, scene)
+
+
+async def test_key_without_the_meaning_of_its_collision(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(errors._BY_CONSTRAINT, "pk_idempotency_keys")
+    await fails(keys.second_call_finds_the_first, scene)

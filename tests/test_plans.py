@@ -10,7 +10,16 @@ import pytest
 import pytest_asyncio
 from driver import Connection
 
-from todo_db import Page, TaskNotFoundError, TaskRecord, TaskRepository, TaskSort, testing
+from todo_db import (
+    IdempotencyKeyReusedError,
+    NewTask,
+    Page,
+    TaskNotFoundError,
+    TaskRecord,
+    TaskRepository,
+    TaskSort,
+    testing,
+)
 from todo_db.embedded import EmbeddedPostgres
 from todo_db.repositories import Call
 
@@ -50,10 +59,14 @@ SEED = (
     FROM generate_series(1, 200000) AS n
     ORDER BY n
     """,
+    """
+    INSERT INTO idempotency_keys (user_id, key, fingerprint, task_ids)
+    SELECT user_id, 'key ' || id, repeat('0', 64), ARRAY[id] FROM tasks WHERE id % 4 = 0
+    """,
     # The plans depend on the statistics of now, not on when the server finds time for them.
     "ALTER TABLE tasks SET (autovacuum_enabled = off)",
     "VACUUM (ANALYZE) tasks",
-    "ANALYZE users",
+    "ANALYZE users, idempotency_keys",
 )
 
 
@@ -349,3 +362,32 @@ def assert_hundred_read_twice(plan: Plan) -> None:
     """Once to lock them in order, once to change them."""
     assert plan.indexes <= {"pk_tasks", "idx_tasks_user_id"}
     assert plan.rows_read <= 200
+
+
+class TestKey:
+    async def test_is_found_by_its_index_and_no_task_is_read(
+        self, connection: Connection, explainer: Explainer
+    ) -> None:
+        new = [NewTask("x", "y")] * 10
+        for user_id in (HEAVY, DORMANT, LATE, USUAL):
+            await explainer.tasks.create_many(user_id, new, idempotency_key="new")
+            assert_keyed(explainer.plan, keys=0)
+            known = await connection.fetchval(
+                "SELECT max(key) FROM idempotency_keys WHERE user_id = $1", user_id
+            )
+            with pytest.raises(IdempotencyKeyReusedError):
+                await explainer.tasks.create_many(user_id, new, idempotency_key=known)
+            assert_keyed(explainer.plan, keys=1)
+
+
+def assert_keyed(plan: Plan, *, keys: int) -> None:
+    assert plan.indexes == {"pk_idempotency_keys"}
+    assert plan.rows_read == keys
+    made = {
+        node["Relation Name"]: child["Actual Rows"]
+        for node in plan.nodes
+        if node["Node Type"] == "ModifyTable"
+        for child in node["Plans"]
+        if child["Parent Relationship"] == "Outer"
+    }
+    assert made == {"tasks": 0 if keys else 10, "idempotency_keys": 0 if keys else 1}

@@ -130,6 +130,15 @@ class TestRepositories:
             if parameter.default is not inspect.Parameter.empty:
                 assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
 
+    def test_what_creates_tasks_takes_a_key(self) -> None:
+        taking = {
+            f"{repository.__name__}.{name}"
+            for repository in (TaskRepository, UserRepository)
+            for name, method in methods(repository).items()
+            if "idempotency_key" in inspect.signature(method).parameters
+        }
+        assert taking == {"TaskRepository.create", "TaskRepository.create_many"}
+
     @pytest.mark.parametrize("repository", [TaskRepository, UserRepository])
     def test_hold_nothing_but_their_executor(self, repository: type) -> None:
         assert list(inspect.signature(repository).parameters) == ["executor"]

@@ -52,6 +52,14 @@ CALLS: Final[dict[str, tuple[Call, ...]]] = {
     "tasks.create_many": (
         lambda to, user, _ids: to.tasks.create_many(user, [NewTask("Buy milk")] * 100),
     ),
+    "tasks.create with a key": (
+        lambda to, user, _ids: to.tasks.create(user, "Buy milk", idempotency_key="key"),
+    ),
+    "tasks.create_many with a key": (
+        lambda to, user, _ids: to.tasks.create_many(
+            user, [NewTask("Buy milk")] * 100, idempotency_key="key"
+        ),
+    ),
     "tasks.delete": (lambda to, user, ids: to.tasks.delete(user, ids[0]),),
     "tasks.delete_completed": (lambda to, user, _ids: to.tasks.delete_completed(user),),
     "tasks.delete_many": (
@@ -142,7 +150,7 @@ def people(owner: Connection) -> People:
 
 class TestCalls:
     def test_table_has_a_line_for_every_public_method(self) -> None:
-        assert CALLS.keys() == (
+        assert {name.partition(" ")[0] for name in CALLS} == (
             {f"tasks.{name}" for name in _public(TaskRepository)}
             | {f"users.{name}" for name in _public(UserRepository)}
         )
@@ -162,7 +170,7 @@ class TestCalls:
         assert counted == {name: [3, 3] * len(calls) for name, calls in CALLS.items()}
 
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
-    async def test_in_a_transaction_each_is_one_and_ensure_three(
+    async def test_in_a_transaction_each_is_one_and_what_may_fail_three(
         self, near: Database, proxy: Proxy, people: People
     ) -> None:
         async def turns(call: Call, user: str, ids: Sequence[int]) -> int:
@@ -180,7 +188,9 @@ class TestCalls:
                 absent = await turns(call, *people.absent())
                 counted.setdefault(name, []).extend((present, absent))
         expected = {name: [1, 1] * len(calls) for name, calls in CALLS.items()}
-        assert counted == expected | {"users.ensure": [3, 3]}
+        for name in ("tasks.create with a key", "tasks.create_many with a key", "users.ensure"):
+            expected[name] = [3, 3]
+        assert counted == expected
 
     async def test_first_use_of_a_statement_on_a_connection_costs_one_more(
         self, near: Database, proxy: Proxy, people: People
@@ -188,6 +198,17 @@ class TestCalls:
         user, ids = await people.present()
         assert await proxy.turns(near.tasks.get(user, ids[0])) == 4
         assert await proxy.turns(near.tasks.get(user, ids[1])) == 3
+
+    async def test_a_call_made_again_with_its_key_costs_what_the_first_one_cost(
+        self, near: Database, proxy: Proxy, people: People
+    ) -> None:
+        for name in ("tasks.create with a key", "tasks.create_many with a key"):
+            (call,) = CALLS[name]
+            user, _ = await people.present()
+            await call(near, user, ())
+            assert await proxy.turns(call(near, user, ())) == 3
+            async with near.transaction(user) as tx:
+                assert await proxy.turns(call(tx, user, ())) == 3
 
     async def test_a_later_page_costs_what_the_first_one_costs(
         self, near: Database, proxy: Proxy, people: People

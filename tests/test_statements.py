@@ -18,19 +18,21 @@ from todo_db.models import Task
 from todo_db.pagination import Position, encode
 from todo_db.repositories import Call, Statement
 
-_OWNER_COLUMN: Final = {"tasks": "user_id", "users": "id"}
-_TABLE: Final = re.compile(r"\b(tasks|users)\b(?!\.)")
+_OWNER_COLUMN: Final = {"tasks": "user_id", "users": "id", "idempotency_keys": "user_id"}
+_TABLE: Final = re.compile(r"\b(tasks|users|idempotency_keys)\b(?!\.)")
 _CLAUSES: Final = re.compile(r"\b(?:ORDER BY|RETURNING|LIMIT|FOR UPDATE|GROUP BY|ON CONFLICT)\b")
 _INSERT: Final = re.compile(
-    r"INSERT INTO (?P<table>tasks|users) \((?P<columns>[^)]*)\) "
+    r"INSERT INTO (?P<table>tasks|users|idempotency_keys) \((?P<columns>[^)]*)\) "
     r"(?:VALUES \((?P<values>[^)]*)\)|SELECT (?P<selected>.*?)\s+FROM)",
     re.DOTALL,
 )
-# The only literals of the whole package: LIKE's escape, and rows that are merely counted.
-_LITERALS: Final = (r"ESCAPE '\'", "RETURNING 1")
+# The only literals of the whole package: LIKE's escape, rows that are merely counted, and the
+# ids of no tasks at all.
+_LITERALS: Final = (r"ESCAPE '\'", "RETURNING 1", "'{}'::bigint[]")
 _INSERTABLE: Final = {
     "tasks": {"user_id", "title", "description", "completed"},
     "users": {"id", "email", "username", "name", "image"},
+    "idempotency_keys": {"user_id", "key", "fingerprint", "task_ids"},
 }
 _WIRE_TYPES: Final = {"text", "varchar", "int8", "int4", "bool", "timestamptz", "text[]"}
 
@@ -193,7 +195,12 @@ def _lists(tasks: TaskRepository) -> Iterator[tuple[str, Awaitable[object]]]:
 def _task_calls(tasks: TaskRepository) -> Iterator[tuple[str, Awaitable[object]]]:
     yield from _lists(tasks)
     yield "create", tasks.create("alice", _MARK, description=_MARK)
+    yield "create", tasks.create("alice", _MARK, idempotency_key=_MARK)
     yield "create_many", tasks.create_many("alice", [NewTask(_MARK, _MARK)])
+    yield (
+        "create_many",
+        tasks.create_many("alice", [NewTask(_MARK, _MARK)], idempotency_key=_MARK),
+    )
     yield "get", tasks.get("alice", 1)
     yield "toggle", tasks.toggle("alice", 1)
     yield "delete", tasks.delete("alice", 1)
@@ -267,4 +274,5 @@ class TestPostgreSQL:
         for name, statement in SHAPES.items():
             prepared = await owner.prepare(statement.sql)
             types = {parameter.name for parameter in prepared.get_parameters()}
+            types |= {attribute.type.name for attribute in prepared.get_attributes()}
             assert types <= _WIRE_TYPES, name

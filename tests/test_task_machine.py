@@ -21,7 +21,15 @@ from hypothesis.stateful import (
 )
 from shapes import without_owner
 
-from todo_db import Database, NewTask, TaskChanges, TaskNotFoundError, TaskRecord, TaskSort
+from todo_db import (
+    Database,
+    IdempotencyKeyReusedError,
+    NewTask,
+    TaskChanges,
+    TaskNotFoundError,
+    TaskRecord,
+    TaskSort,
+)
 from todo_db.embedded import LOGIN, EmbeddedPostgres
 from todo_db.repositories import Statement, tasks
 
@@ -76,6 +84,7 @@ class TaskMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self._answers: dict[tuple[str, str], tuple[list[NewTask], list[TaskRecord]]] = {}
         bench = self.bench
         self._run = bench.run
         self._tasks = bench.db.tasks
@@ -99,6 +108,26 @@ class TaskMachine(RuleBasedStateMachine):
         created = self._run(self._tasks.create_many(user_id, new))
         self._store(user_id, new, created)
         return multiple(*(task.id for task in created))
+
+    @rule(
+        target=ids,
+        user_id=users,
+        key=st.sampled_from(["1", "2"]),
+        new=st.lists(new_tasks, max_size=2),
+    )
+    def create_with_a_key(self, user_id: str, key: str, new: list[NewTask]) -> MultipleResults[int]:
+        call = self._tasks.create_many(user_id, new, idempotency_key=key)
+        asked, answer = self._answers.get((user_id, key), (None, []))
+        if asked is None:
+            answer = self._run(call)
+            self._store(user_id, new, answer)
+            self._answers[user_id, key] = new, answer
+            return multiple(*(task.id for task in answer))
+        if asked == new:
+            assert self._run(call) == answer
+        else:
+            assert self._is_refused(call)
+        return multiple()
 
     @rule(user_id=users, task_id=ids)
     def get(self, user_id: str, task_id: int) -> None:
@@ -230,7 +259,7 @@ class TaskMachine(RuleBasedStateMachine):
     def _is_refused(self, call: Coroutine[object, object, object]) -> bool:
         try:
             self._run(call)
-        except TaskNotFoundError:
+        except (IdempotencyKeyReusedError, TaskNotFoundError):
             return True
         return False
 
@@ -253,18 +282,20 @@ def bench(todo_postgres: EmbeddedPostgres, todo_database_name: str) -> Iterator[
 
 @pytest.mark.parametrize("row_security", ["ENABLE", "DISABLE"])
 def test_H1_users_are_worlds_of_their_own(bench: Bench, row_security: str) -> None:
-    bench.as_owner(f"ALTER TABLE tasks {row_security} ROW LEVEL SECURITY")
+    for table in ("tasks", "idempotency_keys"):
+        bench.as_owner(f"ALTER TABLE {table} {row_security} ROW LEVEL SECURITY")
     run_state_machine_as_test(TaskMachine, settings=PROFILE)
 
 
-@pytest.mark.parametrize("name", ["_GET", "_TOGGLE", "_DELETE_MANY"])
+@pytest.mark.parametrize("name", ["_CREATE_KEYED", "_DELETE_MANY", "_GET", "_TOGGLE"])
 def test_H1_finds_a_dropped_owner_predicate(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    bench.as_owner("ALTER TABLE tasks DISABLE ROW LEVEL SECURITY")
+    for table in ("tasks", "idempotency_keys"):
+        bench.as_owner(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY")
     statement: Statement = getattr(tasks, name)
     forgetful = without_owner(statement.sql)
     assert forgetful != statement.sql
     monkeypatch.setattr(statement, "sql", forgetful)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, IdempotencyKeyReusedError)):
         run_state_machine_as_test(TaskMachine, settings=settings(PROFILE, phases=[Phase.generate]))

@@ -858,6 +858,8 @@ class TestOnATransaction:
             for attempt in (
                 tx.tasks.create("bob", "x"),
                 tx.tasks.create_many("bob", [NewTask("x")]),
+                tx.tasks.create("bob", "x", idempotency_key="key"),
+                tx.tasks.create_many("bob", [NewTask("x")], idempotency_key="key"),
                 tx.tasks.get("bob", bobs_task.id),
                 tx.tasks.list("bob"),
                 anext(tx.tasks.iterate("bob")),

@@ -171,7 +171,8 @@ class CallTimeoutError(UnavailableError):
 class OutcomeUnknownError(TodoDBError):
     """The connection broke while the COMMIT was under way: it may or may not have happened.
 
-    Read before you try again; trying blindly may do it twice.
+    Read before you try again; trying blindly may do it twice. A call with an idempotency key
+    may simply be made again.
     """
 
 
