@@ -14,6 +14,7 @@ import pytest
 from asyncpg import PostgresError
 from asyncpg.connection import LoggedQuery
 from driver import Connection
+from proxy import until
 from sqlalchemy import CursorResult, text
 
 from todo_db import (
@@ -534,6 +535,10 @@ async def cancelled_units_leave_nothing(db: Database, owner: Connection, _prey: 
         await _turns(cut, 1 + uncut * step // _CUTS)
         cut.cancel()
         await asyncio.gather(cut, return_exceptions=True)
+        if cut.cancelled():
+            # The server is told first, in the background.
+            async with asyncio.timeout(3):
+                await until(driver.is_closed)
         assert driver.is_closed() == cut.cancelled()
         async with asyncio.timeout(30), db.transaction("mallory") as tx:
             assert await rows(tx, "SELECT DISTINCT user_id FROM tasks") == ["mallory"]

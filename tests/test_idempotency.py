@@ -434,8 +434,8 @@ class TestAtOnce:
             one, other = await asyncio.gather(
                 db.run("alice", crossing("1", "2")), db.run("alice", crossing("2", "1"))
             )
-        # The one that was undone comes back before the other one has committed, or after.
-        assert tries in {3, 4}
+        # The one that was undone may come back before the other one has committed.
+        assert tries >= 3
         assert one == other
         assert await stored(owner) == (2, 2)
 
