@@ -169,6 +169,21 @@ class TestDoctor:
         assert "CREATE ROLE todo_login LOGIN" in " ".join(result.stdout.split())
         assert set_url not in result.output
 
+    @pytest.mark.usefixtures("set_url")
+    def test_says_first_what_it_looked_at(self) -> None:
+        lines = [line.strip("│ ").split("│") for line in run("doctor").stdout.splitlines()[1:5]]
+        about = {name.strip(): value.strip() for name, value in lines}
+        assert re.fullmatch(r"PostgreSQL \d+\.\d+", about.pop("server"))
+        assert about == {"migration": REVISION, "endpoint": "direct", "line": "unix socket"}
+
+    @pytest.mark.usefixtures("set_url")
+    def test_says_that_it_cannot_tell_how_far_the_migrations_went(self) -> None:
+        assert run("alembic", "downgrade", "base").exit_code == 0
+        result = run("doctor")
+        assert result.exit_code == 1
+        assert "unknown" in result.stdout
+        assert "migrations-missing" in result.stdout
+
     def test_finds_nothing_where_all_is_well(
         self,
         todo_postgres: EmbeddedPostgres,  # noqa: ARG002  # makes the wheel's files readable for all
@@ -181,7 +196,7 @@ class TestDoctor:
             monkeypatch.setenv("DATABASE_URL", server.url(user=LOGIN))
             result = run("doctor")
         assert result.exit_code == 0
-        assert result.stdout.startswith("Nothing was found")
+        assert result.stdout.splitlines()[-1].startswith("Nothing was found")
 
     def test_unreachable_database_is_one_line_without_the_url(
         self, monkeypatch: pytest.MonkeyPatch

@@ -5,19 +5,22 @@ import ssl
 import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
 import pytest_asyncio
 from cluster import OWNER, Cluster
 from driver import Connection
+from pgbouncer import PASSWORD, TRIXIE, PgBouncer
 
 from todo_db import doctor
-from todo_db.doctor import examine
+from todo_db.doctor import Report, examine
 from todo_db.doctor.checks import CHECKS
 from todo_db.embedded import LOGIN, EmbeddedPostgres
+from todo_db.engine import parse_url
 from todo_db.errors import ConfigurationError, SchemaError, TodoDBError, UnavailableError
 from todo_db.migrations import downgrade, upgrade
+from todo_db.models import REVISION
 from todo_db.settings import Settings
 
 type Found = set[tuple[str, str]]
@@ -25,6 +28,7 @@ type Found = set[tuple[str, str]]
 TEMPLATE = "todo_template"
 DATABASE = "todo_planted"
 MARKER = "hunter2"
+NEON = f"postgresql://alice:{MARKER}@ep-cool-1234-pooler.eu-central-1.aws.neon.tech/todo"
 
 # Tests start their server with fsync off, and with nothing else amiss.
 SOUND: Found = {("durability-weakened", "fsync")}
@@ -53,12 +57,14 @@ class Plant:
 
     Attributes:
         undo: For what outlives the database; then a superuser does both.
+        login: Who sees it.
     """
 
     code: str
     subject: str
     sql: str
     undo: str = ""
+    login: str = LOGIN
 
 
 PLANTS = (
@@ -93,6 +99,23 @@ PLANTS = (
     ),
     Plant("login-bypasses", LOGIN, f"GRANT {OWNER} TO {LOGIN}", f"REVOKE {OWNER} FROM {LOGIN}"),
     Plant("login-not-member", LOGIN, f"REVOKE todo_app FROM {LOGIN}", f"GRANT todo_app TO {LOGIN}"),
+    Plant("login-auth", LOGIN, f"GRANT todo_auth TO {LOGIN}", f"REVOKE todo_auth FROM {LOGIN}"),
+    Plant(
+        "login-auth",
+        "erin",
+        """CREATE ROLE erin LOGIN NOINHERIT;
+        GRANT todo_app, todo_auth TO erin""",
+        "DROP ROLE erin",
+        login="erin",
+    ),
+    Plant(
+        "login-auth",
+        "erin",
+        """CREATE ROLE erin LOGIN IN ROLE todo_app;
+        GRANT todo_auth TO erin WITH INHERIT TRUE, SET FALSE""",
+        "DROP ROLE erin",
+        login="erin",
+    ),
     Plant(
         "owner-blind",
         "public.users",
@@ -113,6 +136,11 @@ PLANTS = (
     # B1 B2 B3 B4: policies
     Plant("policy-missing", "public.tasks", "DROP POLICY tasks_own ON tasks"),
     Plant("policy-fence-missing", "public.users", "DROP POLICY users_fence ON users"),
+    Plant(
+        "policy-fence-missing",
+        "public.idempotency_keys",
+        "DROP POLICY idempotency_keys_fence ON idempotency_keys",
+    ),
     Plant(
         "policy-constant",
         "extra on public.tasks",
@@ -142,6 +170,11 @@ PLANTS = (
         """ALTER POLICY tasks_own ON tasks USING
         (user_id = (SELECT current_setting('todo_db.user_id', true)))""",
     ),
+    Plant(
+        "policy-altered",
+        "idempotency_keys_own on public.idempotency_keys",
+        "ALTER POLICY idempotency_keys_own ON idempotency_keys USING (user_id = 'x')",
+    ),
     Plant("policy-helper", "public.me()", HELPER),
     Plant("policy-helper", "public.me()", f"{HELPER}; ALTER FUNCTION me() VOLATILE"),
     # C1 C2 C3: objects that change whose rights apply
@@ -160,6 +193,23 @@ PLANTS = (
         "public.everything()",
         """CREATE FUNCTION everything() RETURNS bigint LANGUAGE sql SECURITY DEFINER
         RETURN (SELECT count(*) FROM tasks)""",
+    ),
+    Plant(
+        "function-definer",
+        "public.find_credential(text)",
+        """CREATE FUNCTION find_credential(text) RETURNS bigint LANGUAGE sql SECURITY DEFINER
+        RETURN (SELECT count(*) FROM sessions)""",
+    ),
+    Plant(
+        "function-definer",
+        "other.find_credential(text,text)",
+        """CREATE SCHEMA other; CREATE FUNCTION other.find_credential(text, text) RETURNS bigint
+        LANGUAGE sql SECURITY DEFINER RETURN (SELECT count(*) FROM accounts)""",
+    ),
+    Plant(
+        "function-search-path",
+        "public.find_credential(text,text)",
+        "ALTER FUNCTION find_credential(text, text) RESET search_path",
     ),
     Plant(
         "view-owner-rights",
@@ -186,6 +236,20 @@ PLANTS = (
             ("UPDATE", "tasks", "updated_at"),
             ("UPDATE", "users", "id"),
             ("UPDATE", "users", "email"),
+            ("INSERT", "idempotency_keys", "created_at"),
+            ("UPDATE", "idempotency_keys", "fingerprint"),
+            ("UPDATE", "idempotency_keys", "task_ids"),
+        )
+    ),
+    *(
+        Plant("grant-auth", f"public.{table}", f"GRANT {right} ON {table} TO {whom}")
+        for table, right, whom in (
+            ("sessions", "SELECT", "todo_app"),
+            ("sessions", "SELECT (token)", "PUBLIC"),
+            ("accounts", "INSERT (password)", "todo_app"),
+            ("verifications", "DELETE", "todo_app"),
+            ("jwks", "TRUNCATE", "todo_app"),
+            ("jwks", "REFERENCES (id)", "todo_app"),
         )
     ),
     *(
@@ -248,6 +312,48 @@ PLANTS = (
         f"ALTER ROLE {LOGIN} SET todo_db.user_id = '{MARKER}'",
         f"ALTER ROLE {LOGIN} RESET todo_db.user_id",
     ),
+    # Everything else that the migrations made
+    Plant(
+        "catalogue-missing",
+        "indexes: CREATE INDEX idx_tasks_user_id ON public.tasks USING btree (user_id, id)",
+        "DROP INDEX idx_tasks_user_id",
+    ),
+    Plant(
+        "catalogue-missing",
+        "relations: table public.sessions ENABLE ROW LEVEL SECURITY",
+        "ALTER TABLE sessions DISABLE ROW LEVEL SECURITY",
+    ),
+    Plant(
+        "catalogue-missing",
+        "grants: todo_app: EXECUTE ON FUNCTION find_credential(text,text)",
+        "REVOKE EXECUTE ON FUNCTION find_credential(text, text) FROM todo_app",
+    ),
+    Plant(
+        "catalogue-missing",
+        "policies: accounts accounts_auth PERMISSIVE ALL TO {todo_auth} USING true WITH CHECK true",
+        "DROP POLICY accounts_auth ON accounts",
+    ),
+    Plant(
+        "catalogue-extra",
+        "grants: PUBLIC: EXECUTE ON FUNCTION find_credential(text,text)",
+        "GRANT EXECUTE ON FUNCTION find_credential(text, text) TO PUBLIC",
+    ),
+    Plant(
+        "catalogue-extra",
+        "grants: todo_auth: SELECT ON tasks",
+        "GRANT SELECT ON tasks TO todo_auth",
+    ),
+    Plant(
+        "catalogue-extra",
+        "constraints: tasks one_of_each UNIQUE (title)",
+        "ALTER TABLE tasks ADD CONSTRAINT one_of_each UNIQUE (title)",
+    ),
+    Plant(
+        "catalogue-extra",
+        "role: todo_auth member of pg_monitor",
+        "GRANT pg_monitor TO todo_auth",
+        "REVOKE pg_monitor FROM todo_auth",
+    ),
     Plant("migrations-missing", "alembic_version", "DROP TABLE alembic_version"),
     Plant(
         "migrations-unreadable",
@@ -266,7 +372,7 @@ PLANTS = (
         "UPDATE alembic_version SET version_num = '0001'",
     ),
 )
-ELSEWHERE = {"clock-skewed", "tls-missing", "tls-unverified"}
+ELSEWHERE = {"clock-skewed", "direct-pooled", "server-old", "tls-missing", "tls-unverified"}
 
 
 @pytest.fixture(scope="module")
@@ -296,15 +402,27 @@ async def place(cluster: Cluster, template: str) -> AsyncGenerator[Cluster]:
     await cluster.execute(f"DROP DATABASE {DATABASE} WITH (FORCE)")
 
 
-async def found(place: Cluster, login: str = LOGIN) -> Found:
+async def report(place: Cluster, login: str = LOGIN, direct: str | None = None) -> Report:
+    url = place.url(login, DATABASE)
+    return await examine(Settings(database_url=url, direct_database_url=direct))
+
+
+async def found(place: Cluster, login: str = LOGIN, direct: str | None = None) -> Found:
     """Return what is found besides what is amiss with every server of the tests."""
-    findings = await examine(Settings(database_url=place.url(login, DATABASE)))
-    assert findings == sorted(findings)
+    findings = (await report(place, login, direct)).findings
+    assert findings == tuple(sorted(findings))
     seen = {(finding.code, finding.subject) for finding in findings}
     assert len(seen) == len(findings)
     assert seen >= SOUND
     assert MARKER not in str(findings)
     return seen - SOUND
+
+
+async def fetchval(place: Cluster, query: str) -> object:
+    connection = await place.connect(OWNER, DATABASE)
+    value = await connection.fetchval(query)
+    await connection.close()
+    return value
 
 
 @asynccontextmanager
@@ -344,7 +462,8 @@ class TestExamine:
     ) -> None:
         url = todo_postgres.url(user=LOGIN, database=todo_database_name)
         assert [
-            (finding.code, finding.subject) for finding in await examine(Settings(database_url=url))
+            (finding.code, finding.subject)
+            for finding in (await examine(Settings(database_url=url))).findings
         ] == [
             ("durability-weakened", "fsync"),
             ("durability-weakened", "full_page_writes"),
@@ -356,16 +475,24 @@ class TestExamine:
     )
     async def test_finds(self, place: Cluster, plant: Plant) -> None:
         async with planted(place, plant):
-            assert await found(place) == {(plant.code, plant.subject)}
+            assert await found(place, plant.login) == {(plant.code, plant.subject)}
 
     @pytest.mark.parametrize(
         ("harmless", "undo"),
         [
             (NOTES, ""),
+            # Better Auth's plugins, and its login
+            ("ALTER TABLE users ADD banned boolean, ADD phone text UNIQUE", ""),
             (
-                "CREATE ROLE todo_auth; CREATE POLICY auth ON users TO todo_auth USING (true)",
-                "DROP OWNED BY todo_auth; DROP ROLE todo_auth",
+                """CREATE TABLE passkeys (id text PRIMARY KEY,
+                    user_id text NOT NULL REFERENCES users ON DELETE CASCADE);
+                GRANT ALL ON passkeys TO todo_auth""",
+                "",
             ),
+            ("CREATE ROLE erin LOGIN IN ROLE todo_auth", "DROP ROLE erin"),
+            ("ALTER ROLE todo_auth LOGIN", "ALTER ROLE todo_auth NOLOGIN"),
+            ("CREATE INDEX own ON tasks (title); ALTER TABLE tasks SET (fillfactor = 50)", ""),
+            ("REVOKE EXECUTE ON FUNCTION set_updated_at() FROM PUBLIC", ""),
             ("CREATE TABLE secrets (); CREATE MATERIALIZED VIEW counts AS SELECT 1", ""),
             (
                 """CREATE VIEW mine WITH (security_invoker = yes) AS SELECT * FROM tasks;
@@ -379,7 +506,16 @@ class TestExamine:
                 "",
             ),
             ("ALTER TABLE tasks ENABLE ALWAYS TRIGGER update_tasks_updated_at", ""),
-            ("UPDATE alembic_version SET version_num = '9999'", ""),
+            # Of a newer database nobody knows how it should be.
+            (
+                "UPDATE alembic_version SET version_num = '9999'; DROP INDEX idx_tasks_user_id",
+                "",
+            ),
+            (
+                f"""ALTER ROLE {LOGIN} SET quote_all_identifiers = on;
+                ALTER ROLE {LOGIN} SET TimeZone = 'Asia/Kathmandu'""",
+                f"ALTER ROLE {LOGIN} RESET ALL",
+            ),
             (
                 f"ALTER ROLE {LOGIN} SET search_path = nowhere",
                 f"ALTER ROLE {LOGIN} RESET search_path",
@@ -402,6 +538,46 @@ class TestExamine:
                 ("policy-missing", "public.tasks"),
                 ("rls-disabled", "public.notes"),
             }
+
+    @pytest.mark.parametrize(
+        ("explanation", "undo", "finding"),
+        [
+            ("GRANT SELECT ON jwks TO todo_app", "", ("grant-auth", "public.jwks")),
+            ("ALTER TABLE tasks SET UNLOGGED", "", ("durability-unlogged", "public.tasks")),
+        ],
+    )
+    async def test_says_no_difference_that_something_else_explains(
+        self, place: Cluster, explanation: str, undo: str, finding: tuple[str, str]
+    ) -> None:
+        plant = Plant("", "", f"{explanation}; DROP INDEX idx_tasks_user_id", undo)
+        async with planted(place, plant):
+            assert await found(place) == {finding}
+
+    @pytest.mark.parametrize("login", [LOGIN, OWNER])
+    async def test_says_a_difference_beside_what_is_not_about_the_schema(
+        self, place: Cluster, monkeypatch: pytest.MonkeyPatch, login: str
+    ) -> None:
+        monkeypatch.setattr(doctor, "time", lambda: time.time() + 6)
+        monkeypatch.setattr(doctor, "_line", lambda _transport: "TLS, not verified")
+        plant = Plant(
+            "",
+            "",
+            f"""ALTER DATABASE {DATABASE} SET todo_db.user_id = 'x';
+            ALTER DATABASE {DATABASE} SET synchronous_commit = off;
+            GRANT todo_auth TO {LOGIN}; DROP INDEX idx_tasks_user_id""",
+            f"ALTER DATABASE {DATABASE} RESET ALL; REVOKE todo_auth FROM {LOGIN}",
+        )
+        async with planted(place, plant):
+            codes = {code for code, _ in await found(place, login, NEON)}
+        assert codes == {
+            "catalogue-missing",
+            "clock-skewed",
+            "direct-pooled",
+            "durability-weakened",
+            "login-auth" if login == LOGIN else "login-bypasses",
+            "tls-unverified",
+            "user-preset",
+        }
 
     async def test_says_what_is_missing_in_a_database_without_our_tables(
         self, place: Cluster
@@ -426,10 +602,31 @@ class TestExamine:
                 ("migrations-missing", "todo_app"),
             }
 
+    @pytest.mark.matrix
+    @pytest.mark.parametrize("version", [15, 16])
+    async def test_sees_the_same_on_another_version(
+        self,
+        todo_postgres: EmbeddedPostgres,  # noqa: ARG002  # as for `cluster`
+        version: int,
+    ) -> None:
+        with Cluster(version) as server:
+            await upgrade(await server.create_database(DATABASE))
+            await server.execute(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app")
+            assert await found(server) == set()
+            await server.execute(f"GRANT todo_auth TO {LOGIN}")
+            plant = "DROP INDEX ix_sessions_user_id; GRANT SELECT (id) ON tasks TO todo_auth"
+            await server.execute(plant, database=DATABASE)
+            assert {code for code, _ in await found(server)} == {
+                "catalogue-extra",
+                "catalogue-missing",
+                "login-auth",
+            }
+            assert (await report(server)).server_version.startswith(f"{version}.")
+
     async def test_remedy_is_sql_with_the_name_in_it(self, place: Cluster) -> None:
         (plant,) = (plant for plant in PLANTS if plant.code == "rls-not-forced")
         async with planted(place, plant):
-            findings = await examine(Settings(database_url=place.url(LOGIN, DATABASE)))
+            findings = (await report(place)).findings
         (finding,) = (f for f in findings if f.code == plant.code)
         assert finding.remedy == "ALTER TABLE public.users FORCE ROW LEVEL SECURITY"
         connection: Connection = await place.connect(OWNER, DATABASE)
@@ -463,9 +660,9 @@ class TestExamine:
 
         def judge(transport: asyncio.BaseTransport) -> str:
             seen.append(transport.get_extra_info("socket").family.name)
-            return "tls-missing"
+            return "clear text"
 
-        monkeypatch.setattr(doctor, "_line_weakness", judge)
+        monkeypatch.setattr(doctor, "_line", judge)
         assert await found(place) == {("tls-missing", "the connection")}
         assert seen == ["AF_UNIX"]
 
@@ -481,7 +678,7 @@ class TestExamine:
     async def test_unreachable_database_is_unavailable(self) -> None:
         url = f"postgresql://alice:{MARKER}@127.0.0.1:1/todo"
         with pytest.raises(UnavailableError) as failed:
-            await examine(Settings(database_url=url))
+            await examine(Settings(database_url=url, connect_retry_seconds=0))
         assert MARKER not in str(failed.value)
 
     async def test_without_a_url_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,35 +687,128 @@ class TestExamine:
             await examine(Settings())
 
 
-class TestLineWeakness:
+class TestReport:
+    async def test_says_what_was_looked_at(self, place: Cluster) -> None:
+        seen = await report(place)
+        version = await fetchval(place, "SHOW server_version")
+        assert (seen.server_version, seen.revision) == (version, REVISION)
+        assert (seen.endpoint, seen.line) == ("direct", "unix socket")
+
+    async def test_cannot_be_changed(self, place: Cluster) -> None:
+        seen = await report(place)
+        with pytest.raises(FrozenInstanceError):
+            seen.findings = ()  # type: ignore[misc]
+        assert not hasattr(seen, "__dict__")
+
+    @pytest.mark.parametrize(
+        ("plant", "revision"),
+        [
+            ("UPDATE alembic_version SET version_num = '0001'", "0001"),
+            ("UPDATE alembic_version SET version_num = '9999'", "9999"),
+            ("DELETE FROM alembic_version", None),
+            ("DROP TABLE alembic_version", None),
+            ("REVOKE SELECT ON alembic_version FROM todo_app", None),
+        ],
+    )
+    async def test_says_how_far_the_migrations_went(
+        self, place: Cluster, plant: str, revision: str | None
+    ) -> None:
+        async with planted(place, Plant("", "", plant)):
+            assert (await report(place)).revision == revision
+
+    async def test_says_only_its_version_of_a_server_that_is_too_old(
+        self, place: Cluster, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(doctor, "_OLDEST", 990_000)
+        monkeypatch.setattr(doctor, "QUERY", "SELECT what it does not know")
+        seen = await report(place)
+        assert [(finding.code, finding.subject) for finding in seen.findings] == [
+            ("server-old", "the server")
+        ]
+        assert seen.server_version == await fetchval(place, "SHOW server_version")
+        assert seen.revision is None
+
+    async def test_finds_a_direct_url_that_is_pooled(self, place: Cluster) -> None:
+        assert await found(place, direct=NEON) == {("direct-pooled", "DIRECT_DATABASE_URL")}
+        assert await found(place, direct=NEON.replace("-pooler", "")) == set()
+        assert await found(place, direct=place.url(OWNER, DATABASE)) == set()
+
+    async def test_refuses_a_direct_url_that_is_none(self, place: Cluster) -> None:
+        with pytest.raises(ConfigurationError):
+            await report(place, direct=f"mysql://alice:{MARKER}@localhost/todo")
+
+    @pytest.mark.parametrize(
+        ("url", "endpoint"), [(NEON, "pooled"), (NEON.replace("-pooler", ""), "direct")]
+    )
+    async def test_knows_neons_endpoints_by_their_names(
+        self, place: Cluster, monkeypatch: pytest.MonkeyPatch, url: str, endpoint: str
+    ) -> None:
+        neon = parse_url(url)
+        monkeypatch.setattr(doctor, "parse_url", lambda _text: neon)
+        # A proxy is in front of both.
+        monkeypatch.setattr(doctor, "_SERVER", doctor._SERVER.replace("pg_backend_pid()", "0"))
+        assert (await report(place)).endpoint == endpoint
+
+    @pytest.mark.pooler
+    async def test_knows_another_pooler_by_its_process(self, place: Cluster) -> None:
+        await place.execute(f"ALTER ROLE {LOGIN} PASSWORD '{PASSWORD}'")
+        async with PgBouncer(
+            TRIXIE, place.url("postgres", DATABASE), max_prepared_statements=1000
+        ) as pooler:
+            url = pooler.url(LOGIN, DATABASE)
+            assert (await examine(Settings(database_url=url))).endpoint == "pooled"
+
+
+class TestLine:
     REMOTE = ("203.0.113.7", 5432)
 
     @staticmethod
-    def weakness(peer: object, context: ssl.SSLContext | None = None) -> str | None:
+    def line(peer: object, context: ssl.SSLContext | None = None) -> str:
         tls = context and context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname="db")
-        return doctor._line_weakness(asyncio.BaseTransport({"peername": peer, "ssl_object": tls}))
+        return doctor._line(asyncio.BaseTransport({"peername": peer, "ssl_object": tls}))
 
-    @pytest.mark.parametrize("peer", ["", "/run/.s.PGSQL.5432", ("127.0.0.9", 1), ("::1", 1, 0, 0)])
-    def test_none_on_this_machine(self, peer: object) -> None:
-        assert self.weakness(peer) is None
+    @pytest.mark.parametrize("peer", ["", "/run/.s.PGSQL.5432", None])
+    def test_unix_socket(self, peer: object) -> None:
+        assert self.line(peer) == "unix socket"
+
+    @pytest.mark.parametrize("peer", [("127.0.0.9", 1), ("::1", 1, 0, 0)])
+    def test_this_machine(self, peer: object) -> None:
+        assert self.line(peer) == "this machine"
 
     @pytest.mark.parametrize("peer", [REMOTE, ("10.0.0.1", 5432), ("2001:db8::1", 5432, 0, 0)])
     def test_T1_clear_text_to_another_machine(self, peer: object) -> None:
-        assert self.weakness(peer) == "tls-missing"
+        assert self.line(peer) == "clear text"
 
-    def test_T2_verified_certificate_is_sound(self) -> None:
-        assert self.weakness(self.REMOTE, ssl.create_default_context()) is None
+    def test_T2_verified_certificate(self) -> None:
+        assert self.line(self.REMOTE, ssl.create_default_context()) == "TLS, verified"
 
     def test_T1_certificate_of_any_host(self) -> None:
         context = ssl.create_default_context()
         context.check_hostname = False
-        assert self.weakness(self.REMOTE, context) == "tls-unverified"
+        assert self.line(self.REMOTE, context) == "TLS, not verified"
 
     def test_T1_certificate_of_anybody(self) -> None:
         context = ssl.create_default_context()
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-        assert self.weakness(self.REMOTE, context) == "tls-unverified"
+        assert self.line(self.REMOTE, context) == "TLS, not verified"
+
+    @pytest.mark.parametrize(
+        ("line", "findings"),
+        [
+            ("unix socket", set()),
+            ("this machine", set()),
+            ("TLS, verified", set()),
+            ("TLS, not verified", {("tls-unverified", "the connection")}),
+            ("clear text", {("tls-missing", "the connection")}),
+        ],
+    )
+    async def test_is_said_and_judged(
+        self, place: Cluster, monkeypatch: pytest.MonkeyPatch, line: str, findings: Found
+    ) -> None:
+        monkeypatch.setattr(doctor, "_line", lambda _transport: line)
+        assert await found(place) == findings
+        assert (await report(place)).line == line
 
 
 class TestChecks:
@@ -527,4 +817,8 @@ class TestChecks:
 
     def test_what_the_catalogue_cannot_know_is_asked_elsewhere(self) -> None:
         without_sql = {code for code, check in CHECKS.items() if not check.sql}
-        assert without_sql == ELSEWHERE | {"migrations-behind"}
+        assert without_sql == ELSEWHERE | {
+            "catalogue-extra",
+            "catalogue-missing",
+            "migrations-behind",
+        }

@@ -1,6 +1,7 @@
 """The wheel, as somebody installs it: in a clean environment, in an empty folder."""
 
 import os
+import re
 import subprocess
 import zipfile
 from pathlib import Path
@@ -57,6 +58,17 @@ class TestWheel:
         todo_db = environment / "todo-db"
         run(todo_db, "migrate", folder=tmp_path)
         assert f"{REVISION} (head)" in run(todo_db, "alembic", "current", folder=tmp_path)
+
+    def test_doctor_finds_the_schema_as_it_was_migrated(
+        self, environment: Path, tmp_path: Path
+    ) -> None:
+        todo_db = environment / "todo-db"
+        run(todo_db, "migrate", folder=tmp_path)
+        with pytest.raises(subprocess.CalledProcessError) as found:
+            run(todo_db, "doctor", folder=tmp_path)
+        codes = re.findall(r"^ *([a-z]+-[a-z]+)  ", found.value.stdout, re.MULTILINE)
+        # The embedded server's owner.
+        assert codes == ["login-bypasses"]
 
     def test_alembic_is_not_imported_by_what_serves_requests(
         self, environment: Path, tmp_path: Path

@@ -460,3 +460,214 @@ class TestTransfer:
         await add(alice, 1)
         await people.execute("GRANT UPDATE (user_id) ON tasks TO todo_app")
         assert "row-level security" in await denied(alice, "UPDATE tasks SET user_id = 'bob'")
+
+
+AUTH_TABLES = ("sessions", "accounts", "verifications", "jwks")
+SESSION = "INSERT INTO sessions (user_id, token, expires_at) VALUES ($1, $2, now() + $3)"
+KEY = "INSERT INTO jwks (id, public_key, private_key, expires_at) VALUES ($1, $2, 'x', now() + $3)"
+FIND = "SELECT user_id, public_key FROM find_credential($1, $2)"
+SOON = timedelta(minutes=5)
+
+
+@pytest_asyncio.fixture
+async def auth(superuser: Connection, people: Connection) -> AsyncGenerator[Connection]:  # noqa: ARG001  # whom it signs in
+    """A connection as Better Auth's role."""
+    await superuser.execute("SET ROLE todo_auth")
+    yield superuser
+    await superuser.execute("RESET ROLE")
+
+
+@pytest_asyncio.fixture
+async def signed_in(people: Connection) -> Connection:
+    """The owner's connection, to a database with sessions and signing keys in it."""
+    for user_id, token, left in (
+        ("alice", "hers", SOON),
+        ("bob", "his", SOON),
+        ("alice", "expired", timedelta(microseconds=-1)),
+    ):
+        await people.execute(SESSION, user_id, token, left)
+    for key_id, remaining in (
+        ("current", SOON),
+        ("endless", None),
+        ("retired", timedelta(days=-30, minutes=1)),
+        ("forgotten", timedelta(days=-30, minutes=-1)),
+    ):
+        await people.execute(KEY, key_id, f"{key_id} key", remaining)
+    return people
+
+
+class TestBetterAuth:
+    async def test_role_does_everything_with_its_five_tables(
+        self, people: Connection, auth: Connection
+    ) -> None:
+        for table, columns, values, change in (
+            ("users", "id, email", "'carol', 'carol@example.org'", "email_verified = true"),
+            ("sessions", "user_id, token, expires_at", "'carol', 'x', now()", "ip_address = 'x'"),
+            ("accounts", "user_id, account_id, provider_id", "'carol', 'x', 'y'", "password = 'z'"),
+            ("verifications", "identifier, value, expires_at", "'x', 'y', now()", "value = 'z'"),
+            ("jwks", "public_key, private_key", "'x', 'y'", "expires_at = now()"),
+        ):
+            query = f"INSERT INTO {table} ({columns}) VALUES ({values}) RETURNING id"
+            row_id = await auth.fetchval(query)
+            assert await auth.execute(f"UPDATE {table} SET {change}") != "UPDATE 0"
+            assert row_id in {row["id"] for row in await auth.fetch(f"SELECT * FROM {table}")}
+        assert await auth.fetchval("SELECT count(*) FROM users") == 3
+        for table in ("jwks", "verifications", "users"):
+            await auth.execute(f"DELETE FROM {table}")
+        # With their users.
+        for table in ("users", *AUTH_TABLES):
+            assert await people.fetch(f"SELECT FROM {table}") == []
+
+    async def test_role_does_nothing_with_tasks_but_end_them_with_their_user(
+        self, people: Connection, auth: Connection
+    ) -> None:
+        await add(people, 2)
+        await add(people, 1, "bob")
+        for table in ("tasks", "idempotency_keys", "alembic_version"):
+            for query in (
+                f"SELECT FROM {table}",
+                f"DELETE FROM {table}",
+                f"INSERT INTO {table} DEFAULT VALUES",
+                f"TRUNCATE {table}",
+            ):
+                assert await denied(auth, query) == f"permission denied for table {table}"
+        await denied(auth, "SELECT nextval('tasks_id_seq')")
+        await denied(auth, "SELECT * FROM find_credential('x', 'y')")
+        await denied(auth, "UPDATE tasks SET completed = true")
+        await auth.execute("DELETE FROM users WHERE id = 'alice'")
+        assert await people.fetchval("SELECT string_agg(user_id, ' ') FROM tasks") == "bob"
+
+    async def test_tables_are_denied_to_the_app_role(self, alice: Connection) -> None:
+        for table in AUTH_TABLES:
+            for query in (
+                f"SELECT FROM {table}",
+                f"SELECT id FROM {table}",
+                f"INSERT INTO {table} (id) VALUES ('x')",
+                f"UPDATE {table} SET id = 'x'",
+                f"DELETE FROM {table}",
+                f"TRUNCATE {table}",
+            ):
+                assert await denied(alice, query) == f"permission denied for table {table}"
+
+    async def test_tables_show_no_row_where_a_grant_was_made_by_mistake(
+        self, signed_in: Connection, alice: Connection
+    ) -> None:
+        for table in AUTH_TABLES:
+            await signed_in.execute(f"GRANT SELECT, INSERT ON {table} TO PUBLIC")
+            assert await alice.fetch(f"SELECT * FROM {table}") == []
+        assert "row-level security" in await denied(alice, SESSION, "alice", "mine", SOON)
+
+    async def test_deleting_a_user_deletes_what_signs_in(self, people: Connection) -> None:
+        for user_id in ("alice", "bob"):
+            await people.execute(SESSION, user_id, user_id, SOON)
+            await people.execute(
+                "INSERT INTO accounts (user_id, account_id, provider_id) VALUES ($1, $1, 'x')",
+                user_id,
+            )
+        await people.execute("DELETE FROM users WHERE id = 'alice'")
+        for table in ("sessions", "accounts"):
+            assert [row["user_id"] for row in await people.fetch(f"SELECT * FROM {table}")] == [
+                "bob"
+            ]
+
+    async def test_token_is_unique(self, signed_in: Connection) -> None:
+        assert await broken_by(signed_in, SESSION, "bob", "hers", SOON) == "uq_sessions_token"
+
+
+class TestFindCredential:
+    async def test_tells_whose_a_live_session_is(
+        self, signed_in: Connection, alice: Connection
+    ) -> None:
+        del signed_in
+        for token, user_id in (("hers", "alice"), ("his", "bob")):
+            assert [tuple(row) for row in await alice.fetch(FIND, token, None)] == [(user_id, None)]
+
+    async def test_tells_nothing_of_an_expired_or_unknown_one(
+        self, signed_in: Connection, alice: Connection
+    ) -> None:
+        for token in ("expired", "unknown", "", "HERS", "hers ", "%", "' OR true --", None):
+            assert await alice.fetch(FIND, token, None) == []
+        await signed_in.execute("UPDATE sessions SET expires_at = '-infinity'")
+        assert await alice.fetch(FIND, "hers", None) == []
+
+    async def test_gives_the_public_key_of_an_id(
+        self, signed_in: Connection, alice: Connection
+    ) -> None:
+        del signed_in
+        for key_id in ("current", "endless", "retired"):
+            assert [tuple(row) for row in await alice.fetch(FIND, None, key_id)] == [
+                (None, f"{key_id} key")
+            ]
+
+    async def test_gives_no_key_that_was_retired_more_than_30_days_ago_or_never_was(
+        self, signed_in: Connection, alice: Connection
+    ) -> None:
+        del signed_in
+        for key_id in ("forgotten", "unknown", "", "%", None):
+            assert await alice.fetch(FIND, None, key_id) == []
+
+    async def test_is_the_app_roles_alone(
+        self, signed_in: Connection, superuser: Connection
+    ) -> None:
+        await superuser.execute("CREATE ROLE frank")
+        try:
+            for role in ("frank", "todo_auth"):
+                await superuser.execute(f"SET ROLE {role}")
+                said = await denied(superuser, FIND, "hers", None)
+                assert said == "permission denied for function find_credential"
+                await superuser.execute("RESET ROLE")
+        finally:
+            await superuser.execute("RESET ROLE; DROP ROLE frank")
+        del signed_in
+
+    async def test_C2_reads_only_the_real_tables(
+        self, signed_in: Connection, alice: Connection
+    ) -> None:
+        database = await signed_in.fetchval("SELECT current_database()")
+        # As if everything in its way had been granted by mistake.
+        await signed_in.execute(f"GRANT TEMPORARY, CREATE ON DATABASE {database} TO todo_app")
+        await alice.execute("""
+            CREATE TEMPORARY TABLE sessions (user_id text, token text, expires_at timestamptz);
+            CREATE TEMPORARY TABLE jwks (id text, public_key text, expires_at timestamptz);
+            INSERT INTO sessions VALUES ('bob', 'forged', 'infinity');
+            INSERT INTO jwks VALUES ('forged', 'a key', NULL);
+            CREATE SCHEMA evil;
+            CREATE TABLE evil.sessions AS SELECT * FROM sessions;
+            CREATE TABLE evil.jwks AS SELECT * FROM jwks;
+            CREATE FUNCTION evil.now() RETURNS timestamptz LANGUAGE sql
+                RETURN '-infinity'::timestamptz;
+            CREATE FUNCTION evil.same(text, text) RETURNS boolean LANGUAGE sql RETURN true;
+            CREATE OPERATOR evil.= (LEFTARG = text, RIGHTARG = text, FUNCTION = evil.same);
+            GRANT USAGE ON SCHEMA evil TO PUBLIC;
+        """)
+        find = FIND.replace("find_", "public.find_")
+        for path in ("pg_temp, public", "evil, pg_temp, public, pg_catalog", "evil", "pg_temp"):
+            await alice.execute(f"SET search_path = {path}")
+            assert await alice.fetch(find, "forged", "forged") == []
+            assert await alice.fetch(find, "expired", "forgotten") == []
+            found = await alice.fetch(find, "hers", "current")
+            assert [tuple(row) for row in found] == [("alice", None), (None, "current key")]
+
+    async def test_D5_reads_by_the_indexes(self, signed_in: Connection) -> None:
+        await signed_in.execute("""
+            INSERT INTO sessions (user_id, token, expires_at)
+            SELECT 'alice', 'token ' || n, now() + interval '1 day' FROM generate_series(1, 5000) n;
+            INSERT INTO jwks (id, public_key, private_key)
+            SELECT 'key ' || n, 'x', 'y' FROM generate_series(1, 5000) n;
+            ANALYZE sessions, jwks
+        """)
+        body = await signed_in.fetchval(
+            "SELECT prosrc FROM pg_proc WHERE oid = 'find_credential(text, text)'::regprocedure"
+        )
+        # The server plans it like this, for values that it does not know.
+        await signed_in.execute(
+            f"""PREPARE found (text, text) AS
+            {body.replace("session_token", "$1").replace("key_id", "$2")};
+            SET plan_cache_mode = force_generic_plan"""
+        )
+        plan = "\n".join(
+            row[0] for row in await signed_in.fetch("EXPLAIN EXECUTE found ('hers', 'current')")
+        )
+        for index in ("uq_sessions_token", "pk_jwks"):
+            assert f"Index Scan using {index}" in plan
+        assert "Seq Scan" not in plan

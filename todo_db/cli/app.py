@@ -170,16 +170,22 @@ def health() -> None:
 def doctor() -> None:
     """Look for every known weakness of the database, the URL and the role; exit 1 on any."""
     with _told(), target(_messages) as url:
-        findings = asyncio.run(examine(Settings(database_url=SecretStr(url))))
-    if not findings:
+        report = asyncio.run(examine(Settings(database_url=SecretStr(url))))
+    about = Table(show_header=False)
+    about.add_row("server", f"PostgreSQL {report.server_version}")
+    about.add_row("migration", report.revision or "unknown")
+    about.add_row("endpoint", report.endpoint)
+    about.add_row("line", report.line)
+    _out.print(about)
+    if not report.findings:
         _out.print("Nothing was found: users are isolated, and what is committed stays.")
         return
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("What was found", no_wrap=True)
-    table.add_column("Why it matters, and what to do")
-    for finding in findings:
-        where = Text.assemble((finding.code, "bold red"), f"\n{finding.subject}")
-        table.add_row(where, Text.assemble(finding.problem, (f"\n{finding.remedy}\n", "green")))
+    table.add_column("Where, why it matters, and what to do")
+    for finding in report.findings:
+        why = f"{finding.subject}\n", finding.problem, (f"\n{finding.remedy}\n", "green")
+        table.add_row(Text(finding.code, style="bold red"), Text.assemble(*why))
     _out.print(table)
     raise typer.Exit(1)
 

@@ -32,7 +32,9 @@ _COMMON: Final = """
         WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'),
     relations AS (
         SELECT c.*, c.oid::regclass::text AS name,
-            nspname = 'public' AND relname IN ('users', 'tasks') AS ours
+            nspname = 'public' AND relname IN ('users', 'tasks', 'idempotency_keys') AS ours,
+            nspname = 'public'
+                AND relname IN ('sessions', 'accounts', 'verifications', 'jwks') AS auths
         FROM pg_class c JOIN spaces n ON n.oid = relnamespace
         WHERE NOT EXISTS (SELECT FROM pg_depend
             WHERE classid = 'pg_class'::regclass AND objid = c.oid AND deptype = 'e')),
@@ -42,7 +44,7 @@ _COMMON: Final = """
             AND (has_any_column_privilege(app.oid, r.oid, 'SELECT, INSERT, UPDATE, REFERENCES')
                 OR has_table_privilege(app.oid, r.oid, 'DELETE, TRUNCATE, TRIGGER'))),
     stored AS (SELECT * FROM touched
-        WHERE relkind IN ('r', 'p', 'f') AND name <> 'public.alembic_version'),
+        WHERE relkind IN ('r', 'p', 'f') AND name <> 'public.alembic_version' AND NOT auths),
     policies AS (
         SELECT p.*, format('%I on %s', polname, name) AS policy, ours,
             pg_get_expr(polqual, polrelid) AS qual, pg_get_expr(polwithcheck, polrelid) AS checked,
@@ -99,6 +101,14 @@ CHECKS: Final[dict[str, Check]] = {
         """SELECT session_user::text FROM role, modern WHERE NOT pg_has_role(
             session_user, role.oid, CASE WHEN yes THEN 'SET' ELSE 'MEMBER' END)""",
     ),
+    "login-auth": Check(
+        "it is a member of todo_auth: injected SQL could read every user, session and password",
+        "REVOKE todo_auth FROM {}; Better Auth connects as a login of its own",
+        """SELECT session_user::text FROM pg_roles r, pg_roles login, modern
+        WHERE r.rolname = 'todo_auth' AND login.rolname = session_user AND NOT login.rolsuper
+            AND (pg_has_role(login.oid, r.oid, 'USAGE')
+                OR pg_has_role(login.oid, r.oid, CASE WHEN yes THEN 'SET' ELSE 'MEMBER' END))""",
+    ),
     "owner-blind": Check(
         "its owner neither bypasses nor escapes row-level security: backfills and dumps see no row",
         "ALTER TABLE {} OWNER TO a role with BYPASSRLS that nobody connects with to serve",
@@ -143,7 +153,7 @@ CHECKS: Final[dict[str, Check]] = {
     ),
     "policy-altered": Check(
         "it is not the rule that the migrations wrote: only the user of the transaction",
-        "drop it; if a migration made it, downgrade to 0001 and upgrade again",
+        "drop it; if a migration made it, create it again as that does",
         f"""SELECT policy FROM policies WHERE ours AND bind AND NOT constant
             AND NOT (qual ~ $rule${_RULE}$rule$ AND coalesce(checked, qual) = qual)""",  # noqa: S608  # a constant
     ),
@@ -166,7 +176,9 @@ CHECKS: Final[dict[str, Check]] = {
         f"{ROLE} may call it, and it runs with its owner's rights",
         f"REVOKE EXECUTE ON FUNCTION {{}} FROM PUBLIC, {ROLE}; or make it SECURITY INVOKER",
         """SELECT name FROM functions f, app
-        WHERE prosecdef AND has_function_privilege(app.oid, f.oid, 'EXECUTE')""",
+        WHERE prosecdef AND has_function_privilege(app.oid, f.oid, 'EXECUTE')
+            -- Its body is compared as a whole.
+            AND name <> 'public.find_credential(text,text)'""",
     ),
     "view-owner-rights": Check(
         f"{ROLE} may use it, and it shows what its owner may see",
@@ -182,13 +194,17 @@ CHECKS: Final[dict[str, Check]] = {
     ),
     # Grants
     "grant-column": Check(
-        f"{ROLE} may write what only the database sets, or what tells the ids of others",
-        f"REVOKE INSERT, UPDATE ON its table FROM PUBLIC, {ROLE}; grant the columns of 0002 again",
+        f"{ROLE} may write what only the database sets, or what must not change",
+        f"REVOKE INSERT, UPDATE ON its table FROM PUBLIC, {ROLE};"
+        " grant the columns of its migration again",
         """SELECT format('%s (%I) on %s', way, named, name) FROM touched t, app, (VALUES
             ('INSERT', 'tasks', ARRAY['id', 'created_at', 'updated_at']),
             ('UPDATE', 'tasks', ARRAY['id', 'user_id', 'created_at', 'updated_at']),
             ('INSERT', 'users', ARRAY['email_verified', 'created_at', 'updated_at']),
-            ('UPDATE', 'users', ARRAY['id', 'email', 'email_verified', 'created_at', 'updated_at'])
+            ('UPDATE', 'users', ARRAY['id', 'email', 'email_verified', 'created_at', 'updated_at']),
+            ('INSERT', 'idempotency_keys', ARRAY['created_at']),
+            ('UPDATE', 'idempotency_keys',
+                ARRAY['user_id', 'key', 'fingerprint', 'task_ids', 'created_at'])
         ) w (way, tabled, columns), unnest(columns) named
         WHERE ours AND relname = tabled AND has_column_privilege(app.oid, t.oid, (SELECT attnum
             FROM pg_attribute WHERE attrelid = t.oid AND attname = named), way)""",
@@ -196,8 +212,14 @@ CHECKS: Final[dict[str, Check]] = {
     "grant-table": Check(
         f"{ROLE} may TRUNCATE it, refer to it or put triggers on it, which no policy stops",
         f"REVOKE TRUNCATE, REFERENCES, TRIGGER ON {{}} FROM PUBLIC, {ROLE}",
-        """SELECT name FROM touched t, app WHERE has_table_privilege(app.oid, t.oid,
-            'TRUNCATE, TRIGGER') OR has_any_column_privilege(app.oid, t.oid, 'REFERENCES')""",
+        """SELECT name FROM touched t, app WHERE NOT auths AND (
+            has_table_privilege(app.oid, t.oid, 'TRUNCATE, TRIGGER')
+            OR has_any_column_privilege(app.oid, t.oid, 'REFERENCES'))""",
+    ),
+    "grant-auth": Check(
+        f"{ROLE} may touch it, and sign-ins are only Better Auth's to read",
+        f"REVOKE ALL ON {{}} FROM PUBLIC, {ROLE}",
+        "SELECT name FROM touched WHERE auths",
     ),
     "grant-sequence": Check(
         f"{ROLE} may read or set it: ids tell how many there are, or come again",
@@ -251,9 +273,9 @@ CHECKS: Final[dict[str, Check]] = {
     "trigger-missing": Check(
         "nothing moves its updated_at: a stale change is not noticed",
         "downgrade to base and upgrade again, or create the trigger of 0001 again",
-        """SELECT name FROM relations r WHERE ours AND NOT EXISTS (SELECT FROM pg_trigger
-            WHERE tgrelid = r.oid AND tgname = format('update_%s_updated_at', relname)
-            AND tgtype & 19 = 19)""",
+        """SELECT name FROM relations r WHERE name IN ('public.users', 'public.tasks')
+            AND NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = r.oid
+                AND tgname = format('update_%s_updated_at', relname) AND tgtype & 19 = 19)""",
     ),
     "trigger-disabled": Check(
         "a trigger of it is disabled: updated_at or the foreign key is not kept",
@@ -316,6 +338,22 @@ CHECKS: Final[dict[str, Check]] = {
         f"it says that migrations before {REVISION} were the last to run",
         "todo-db migrate",
     ),
+    "catalogue-missing": Check(
+        "a migration made it, and it is gone or altered",
+        "make it again as the file in alembic/versions does",
+    ),
+    "catalogue-extra": Check(
+        "no migration made it, so nothing tells what it opens or breaks",
+        "drop or revoke it, or have a migration put back what it alters",
+    ),
+    "server-old": Check(
+        "it is older than PostgreSQL 15, so nothing else was looked at",
+        "upgrade it",
+    ),
+    "direct-pooled": Check(
+        "it names Neon's pooler, and whoever migrates by it loses its session between statements",
+        "take -pooler out of its host, or leave it out: it is derived from DATABASE_URL",
+    ),
     "clock-skewed": Check(
         "its clock and this machine's differ by more than 5 seconds: tokens expire at other times",
         "synchronise both by NTP",
@@ -325,7 +363,7 @@ CHECKS: Final[dict[str, Check]] = {
         "use the server's TLS: add sslmode=verify-full to the URL",
     ),
     "tls-unverified": Check(
-        "it is encrypted, but anybody could be the server: its certificate is not checked",
+        "it is encrypted, but anybody could be the server: certificate or name are not checked",
         "add sslmode=verify-full to the URL",
     ),
 }
