@@ -120,12 +120,16 @@ class EmbeddedPostgres:
         """Drop a database, and cut whoever is still using it."""
         self._psql(f"DROP DATABASE {name} WITH (FORCE)")
 
-    def create_login(self) -> None:
-        """Make the login that an application should have, once the role `todo_app` exists.
+    def create_login(self, name: str = LOGIN, *, role: str = "todo_app") -> None:
+        """Make the login that an application should have, unless it exists; after the migration.
 
-        It is a member of that role and of nothing else, so it never sees more than one user.
+        It is a member of one role and of nothing else. A member of `todo_app` never sees more
+        than one user; a member of `todo_auth`, for Better Auth, sees accounts and no tasks.
         """
-        self._psql(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app")
+        self._psql(
+            f"SELECT 'CREATE ROLE {name} LOGIN IN ROLE {role}'"
+            f" WHERE to_regrole('{name}') IS NULL \\gexec\n"
+        )
 
     def _running(self) -> "PostgresServer":
         if self._server is None:

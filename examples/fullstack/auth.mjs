@@ -1,0 +1,69 @@
+// Better Auth on the tables that todo_db's migrations made: every name that differs is mapped.
+import { betterAuth } from "better-auth";
+import { bearer, jwt, username } from "better-auth/plugins";
+import pg from "pg";
+
+export const pool = new pg.Pool({ connectionString: process.env.DATABASE_URL });
+// A database that goes to sleep closes connections nobody is using. Without a listener that is
+// an uncaught exception, and the end of the process.
+pool.on("error", (error) => console.error(`An idle connection was lost: ${error.message}`));
+
+const timestamps = { createdAt: "created_at", updatedAt: "updated_at" };
+
+export const options = {
+  database: pool,
+  // BETTER_AUTH_SECRET and BETTER_AUTH_URL are read from the environment.
+  emailAndPassword: { enabled: true },
+  user: {
+    modelName: "users",
+    fields: { emailVerified: "email_verified", ...timestamps },
+    // Their tasks, sessions and accounts go with them: ON DELETE CASCADE.
+    deleteUser: { enabled: true },
+  },
+  session: {
+    modelName: "sessions",
+    fields: {
+      userId: "user_id",
+      expiresAt: "expires_at",
+      ipAddress: "ip_address",
+      userAgent: "user_agent",
+      ...timestamps,
+    },
+  },
+  account: {
+    modelName: "accounts",
+    fields: {
+      userId: "user_id",
+      accountId: "account_id",
+      providerId: "provider_id",
+      accessToken: "access_token",
+      refreshToken: "refresh_token",
+      idToken: "id_token",
+      accessTokenExpiresAt: "access_token_expires_at",
+      refreshTokenExpiresAt: "refresh_token_expires_at",
+      ...timestamps,
+    },
+  },
+  verification: {
+    modelName: "verifications",
+    fields: { expiresAt: "expires_at", ...timestamps },
+  },
+  plugins: [
+    jwt({
+      schema: {
+        jwks: {
+          fields: {
+            publicKey: "public_key",
+            privateKey: "private_key",
+            createdAt: "created_at",
+            expiresAt: "expires_at",
+          },
+        },
+      },
+    }),
+    bearer(),
+    username({ displayUsername: false }),
+  ],
+};
+
+export const auth = betterAuth(options);

@@ -1,0 +1,106 @@
+// What Next.js is elsewhere: serves the page, is Better Auth, and passes the rest on to FastAPI,
+// so that a browser sees one origin and sends its session cookie to both.
+import { readFileSync } from "node:fs";
+import { createServer, request as send } from "node:http";
+
+import { toNodeHandler } from "better-auth/node";
+
+import { auth, pool } from "./auth.mjs";
+
+const api = new URL(process.env.TODO_API_URL);
+const own = new URL(process.env.BETTER_AUTH_URL);
+const port = Number(process.env.PORT ?? 3000);
+
+const page = (name, type) => ({
+  type: `${type}; charset=utf-8`,
+  body: readFileSync(new URL(`public/${name}`, import.meta.url)),
+});
+const pages = new Map([
+  ["/", page("index.html", "text/html")],
+  ["/app.js", page("app.js", "text/javascript")],
+  ["/style.css", page("style.css", "text/css")],
+  ["/icon.svg", page("icon.svg", "image/svg+xml")],
+]);
+const headers = {
+  "content-security-policy":
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; " +
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+  "cache-control": "no-cache",
+  "cross-origin-opener-policy": "same-origin",
+  "referrer-policy": "no-referrer",
+  "x-content-type-options": "nosniff",
+};
+
+function problem(response, status, title, extra = {}) {
+  response.writeHead(status, { "content-type": "application/problem+json", ...extra });
+  response.end(JSON.stringify({ type: "about:blank", title, status }));
+}
+
+function pass(request, response) {
+  const { connection: _, ...wanted } = request.headers;
+  const onward = send(
+    {
+      hostname: api.hostname,
+      port: api.port,
+      method: request.method,
+      path: request.url,
+      headers: wanted,
+      // A connection of its own each time: one that was kept might just be closing.
+      agent: false,
+    },
+    (answer) => {
+      const { connection: _, ...given } = answer.headers;
+      response.writeHead(answer.statusCode, given);
+      answer.pipe(response);
+      answer.on("error", () => response.destroy());
+    },
+  );
+  onward.on("error", () => {
+    if (response.headersSent) response.destroy();
+    else problem(response, 503, "The server of the tasks does not answer", { "retry-after": "1" });
+  });
+  // Whoever asked may leave before the answer.
+  response.on("close", () => onward.destroy());
+  request.pipe(onward);
+}
+
+const handleAuth = toNodeHandler(auth);
+
+const server = createServer((request, response) => {
+  const [path] = request.url.split("?", 1);
+  if (path.startsWith("/api/auth/")) {
+    handleAuth(request, response).catch((error) => {
+      console.error(error);
+      if (response.headersSent) response.destroy();
+      else problem(response, 500, "Internal Server Error");
+    });
+  } else if (/^\/(health|api\/(me|tasks(\/.*)?))$/.test(path)) {
+    // A SameSite cookie is sent by pages on every port of this host; only ours may use it.
+    if (["same-site", "cross-site"].includes(request.headers["sec-fetch-site"])) {
+      problem(response, 403, "Not from this page");
+    } else {
+      pass(request, response);
+    }
+  } else if (path === "/" && request.headers.host !== own.host) {
+    // By another name of this host, localhost say, Better Auth would refuse every sign-in.
+    response.writeHead(307, { location: own.href }).end();
+  } else if (!pages.has(path)) {
+    problem(response, 404, "Not Found");
+  } else if (request.method !== "GET" && request.method !== "HEAD") {
+    problem(response, 405, "Method Not Allowed", { allow: "GET, HEAD" });
+  } else {
+    const { type, body } = pages.get(path);
+    response.writeHead(200, { ...headers, "content-type": type, "content-length": body.length });
+    response.end(request.method === "HEAD" ? undefined : body);
+  }
+});
+
+server.listen(port, "127.0.0.1", async () => {
+  const { rows } = await pool.query("SELECT current_user AS login");
+  console.log(`Listening on http://127.0.0.1:${server.address().port}, in PostgreSQL as ${rows[0].login}`);
+});
+
+process.on("SIGTERM", () => {
+  server.close(() => pool.end());
+  server.closeAllConnections();
+});

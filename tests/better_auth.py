@@ -1,0 +1,210 @@
+"""The real Better Auth on Node: the server of the full-stack example, newest version or oldest."""
+
+import asyncio
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, Self
+
+import httpx
+from driver import Connection
+
+PASSWORD: Final = "correct horse battery"  # noqa: S105  # of accounts that these tests make
+_ROOT: Final = Path(__file__).parents[1]
+_EXAMPLE: Final = _ROOT / "examples" / "fullstack"
+_SCRIPTS: Final = _ROOT / "tests" / "node"
+_PACKAGES: Final[dict[str, str]] = json.loads((_EXAMPLE / "package.json").read_text())[
+    "dependencies"
+]
+NEWEST: Final = _PACKAGES["better-auth"]
+OLDEST: Final = "1.3.0"
+"""The first of the versions 1.3."""
+
+
+def installed(version: str) -> Path:
+    """Return a folder with a version and the example's server, installing it on first use."""
+    folder = _ROOT / ".cache" / f"better-auth-{version}"
+    packages = _PACKAGES | {"better-auth": version}
+    wanted = json.dumps({"private": True, "type": "module", "dependencies": packages})
+    complete = folder / "complete"
+    if not complete.exists() or complete.read_text() != wanted:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "package.json").write_text(wanted)
+        subprocess.run(
+            ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"],
+            check=True,
+            cwd=folder,
+        )
+        complete.write_text(wanted)
+    for script in (*_EXAMPLE.glob("*.mjs"), *_SCRIPTS.glob("*.mjs")):
+        shutil.copy(script, folder)
+    shutil.copytree(_EXAMPLE / "public", folder / "public", dirs_exist_ok=True)
+    if version != NEWEST:
+        (folder / "auth.mjs").rename(folder / "auth-of-new.mjs")
+        (folder / "auth-of-old.mjs").rename(folder / "auth.mjs")
+    return folder
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class BetterAuth:
+    """A running server, and browsers that talk to it.
+
+    Args:
+        database_url: Of the login that it has.
+        version: Of the package better-auth.
+        port: Where it listens; a free one by default.
+        api_url: Where it passes on what is not its own.
+    """
+
+    SECRET: Final = "known to these tests, and 32 characters at least"  # noqa: S105  # likewise
+
+    def __init__(
+        self,
+        database_url: str,
+        *,
+        version: str = NEWEST,
+        port: int | None = None,
+        api_url: str = "http://127.0.0.1:1",
+    ) -> None:
+        self._folder = installed(version)
+        port = port or free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._environment = os.environ | {
+            "DATABASE_URL": database_url,
+            "BETTER_AUTH_SECRET": self.SECRET,
+            "BETTER_AUTH_URL": self.url,
+            "TODO_API_URL": api_url,
+            "PORT": str(port),
+        }
+        self._browsers: list[httpx.AsyncClient] = []
+
+    async def __aenter__(self) -> Self:
+        self._process = subprocess.Popen(  # noqa: ASYNC220  # it is ended by a plain function, too
+            ["node", "server.mjs"],
+            cwd=self._folder,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        async with asyncio.timeout(30):
+            line = await asyncio.to_thread(self._process.stdout.readline)
+        if not line.startswith("Listening on "):
+            self._stop()
+            raise AssertionError(line)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for browser in self._browsers:
+            await browser.aclose()
+        self._stop()
+
+    def _stop(self) -> None:
+        self._process.terminate()
+        self._process.communicate()
+
+    def browser(self) -> httpx.AsyncClient:
+        """Return a client with cookies of its own."""
+        browser = httpx.AsyncClient(
+            base_url=self.url, headers={"origin": self.url}, timeout=30, trust_env=False
+        )
+        self._browsers.append(browser)
+        return browser
+
+    async def sign_up(self, name: str, *, email: str | None = None) -> httpx.AsyncClient:
+        """Return a browser in which somebody has just signed up."""
+        browser = self.browser()
+        await ask(
+            browser,
+            "sign-up/email",
+            {"name": name, "email": email or f"{name}@example.org", "password": PASSWORD},
+        )
+        return browser
+
+    async def script(self, name: str) -> str:
+        """Run one of our scripts where the server is; return what it prints."""
+        done = await asyncio.to_thread(
+            subprocess.run,
+            ["node", name],
+            cwd=self._folder,
+            env=self._environment,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return str(done.stdout)
+
+
+@asynccontextmanager
+async def todo_api(database_url: str, auth_url: str) -> AsyncGenerator[httpx.AsyncClient]:
+    """Run the FastAPI example in a process of its own; lend a client that keeps no cookies."""
+    port = free_port()
+    process = subprocess.Popen(  # noqa: ASYNC220  # it ends at once
+        [
+            *(sys.executable, "-m", "uvicorn", "fastapi_app:app", "--app-dir", _EXAMPLE.parent),
+            *("--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"),
+        ],
+        env=os.environ
+        | {
+            "DATABASE_URL": database_url,
+            "BETTER_AUTH_SECRET": BetterAuth.SECRET,
+            "BETTER_AUTH_URL": auth_url,
+        },
+    )
+    try:
+        async with (
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
+        ):
+            async with asyncio.timeout(30):
+                while True:
+                    try:
+                        assert (await client.get("/health")).json()["ok"]
+                    except httpx.ConnectError:
+                        assert process.poll() is None
+                        await asyncio.sleep(0.05)
+                    else:
+                        break
+            yield client
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def ask(
+    browser: httpx.AsyncClient, path: str, body: object = None, *, status: int = 200
+) -> Any:  # noqa: ANN401  # JSON
+    """Ask Better Auth by POST if there is a body, else by GET; return what it says."""
+    method = "GET" if body is None else "POST"
+    answer = await browser.request(method, f"/api/auth/{path}", json=body)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+async def tables_that_name(owner: Connection, *values: str) -> set[str]:
+    """Return every table with a row in which one of the texts occurs, in whatever column."""
+    names = [
+        str(row[0])
+        for row in await owner.fetch(
+            "SELECT oid::regclass FROM pg_class WHERE relkind = 'r' AND relnamespace = "
+            "'public'::regnamespace"
+        )
+    ]
+    return {
+        name
+        for name in names
+        if await owner.fetchval(
+            f"SELECT EXISTS (SELECT FROM {name} t"
+            " WHERE EXISTS (SELECT FROM unnest($1::text[]) v WHERE strpos(t::text, v) > 0))",
+            values,
+        )
+    }

@@ -1,0 +1,418 @@
+"""The full-stack example as its reader meets it: one command, and a browser."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final, Self
+
+import asyncpg
+import httpx
+import pytest
+import pytest_asyncio
+from better_auth import PASSWORD, ask, free_port, tables_that_name
+from driver import Connection
+from playwright.async_api import Browser, Locator, Route, async_playwright, expect
+
+from todo_db.embedded import EmbeddedPostgres
+
+pytestmark = pytest.mark.browser
+
+ROOT: Final = Path(__file__).parents[1]
+START: Final = ROOT / "examples" / "fullstack" / "start.py"
+SCREENSHOT: Final = ROOT / "docs" / "images" / "fullstack.png"
+"""Taken when it is missing."""
+_CHROMIUM: Final = (
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-quic",
+    "--disable-sync",
+)
+
+
+@contextmanager
+def started(data: Path, *arguments: str) -> Generator[str]:
+    """Start the application as its README says; lend its address, and end it by Ctrl-C."""
+    process = subprocess.Popen(
+        [sys.executable, START, "--data", data, *arguments], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        found = next(filter(None, (re.match(r"Open (\S+) ", line) for line in process.stdout)))
+        yield found[1]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+    assert process.returncode == 0
+
+
+def browser(address: str, cookies: httpx.Cookies | None = None) -> httpx.AsyncClient:
+    """Return a browser without a page."""
+    headers = {"origin": address}
+    return httpx.AsyncClient(
+        base_url=address, headers=headers, cookies=cookies, trust_env=False, timeout=30
+    )
+
+
+@pytest.fixture(scope="module")
+def data() -> Generator[Path]:
+    with TemporaryDirectory(prefix="todo-db-") as folder:
+        yield Path(folder) / "postgres"
+
+
+@pytest.fixture(scope="module")
+def address(data: Path) -> Generator[str]:
+    with started(data) as address:
+        yield address
+
+
+@pytest_asyncio.fixture
+async def administrator(data: Path, address: str) -> AsyncGenerator[Connection]:
+    """A superuser's connection to the application's own PostgreSQL."""
+    del address
+    with EmbeddedPostgres(data) as server:
+        connection = await asyncpg.connect(server.url(user="postgres"))
+        yield connection
+        await connection.close()
+
+
+@pytest_asyncio.fixture(scope="module")
+async def chromium() -> AsyncGenerator[Browser]:
+    async with async_playwright() as playwright:
+        path = shutil.which("chromium")
+        assert path is not None, "Debian's package chromium is not installed"
+        browser = await playwright.chromium.launch(executable_path=path, args=_CHROMIUM)
+        yield browser
+        await browser.close()
+
+
+class Person:
+    """Somebody in front of the page, in a browser that knows nothing of the others."""
+
+    def __init__(self, browser: Browser, address: str, name: str) -> None:
+        self._browser = browser
+        self._address = address
+        self.name = name
+        self.email = f"{name.lower()}@example.org"
+        self.complaints: list[str] = []
+
+    async def __aenter__(self) -> Self:
+        self._context = await self._browser.new_context(viewport={"width": 760, "height": 710})
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._context.close()
+
+    async def open(self) -> None:
+        """Open the page, in a window of its own."""
+        self.page = await self._context.new_page()
+        self.page.set_default_timeout(10_000)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        # What a server refused is no fault of the page.
+        self.page.on(
+            "console",
+            lambda message: (
+                self.complaints.append(message.text)
+                if message.type in {"error", "warning"} and "status of 4" not in message.text
+                else None
+            ),
+        )
+        await self.page.goto(self._address)
+
+    @property
+    def alert(self) -> Locator:
+        return self.page.get_by_role("alert")
+
+    @property
+    def titles(self) -> Locator:
+        return self.page.locator("#list .title")
+
+    async def press(self, name: str) -> None:
+        await self.page.get_by_role("button", name=name, exact=True).click()
+
+    def field(self, label: str) -> Locator:
+        """Return the one that is shown: dialogs and other tasks have fields of the same name."""
+        return self.page.locator("input:visible, textarea:visible").and_(
+            self.page.get_by_label(label)
+        )
+
+    async def fill(self, label: str, text: str) -> None:
+        await self.field(label).fill(text)
+
+    async def sign_up(self) -> None:
+        await self.press("Create one")
+        await self.fill("Name", self.name)
+        await self.fill("E-mail", self.email)
+        await self.fill("Password", PASSWORD)
+        await self.press("Sign up")
+        await expect(self.page.locator("#name")).to_have_text(self.name)
+
+    async def sign_in(self, password: str = PASSWORD) -> None:
+        await self.fill("E-mail", self.email)
+        await self.fill("Password", password)
+        await self.press("Sign in")
+
+    async def add(self, title: str, details: str = "") -> None:
+        await self.fill("New task", title)
+        await self.fill("Details", details)
+        await self.press("Add")
+        await expect(self.titles.get_by_text(title, exact=True)).to_be_visible()
+
+    async def edit(self, title: str, new: str) -> None:
+        await self.press(f"Edit: {title}")
+        await self.fill("Title", new)
+        await self.press("Save")
+
+    async def delete_account(self) -> None:
+        await self.press("Delete account")
+        await self.fill("Password", PASSWORD)
+        await self.press("Delete it")
+
+    async def fetch(self, path: str) -> tuple[int, str]:
+        """Ask by hand what the page would not."""
+        status, text = await self.page.evaluate(
+            "path => fetch(path).then(async answer => [answer.status, await answer.text()])", path
+        )
+        return int(status), str(text)
+
+
+@pytest_asyncio.fixture
+async def alice(chromium: Browser, address: str) -> AsyncGenerator[Person]:
+    async with Person(chromium, address, "Alice") as alice:
+        await alice.sign_up()
+        yield alice
+        # The next test begins without her.
+        if await alice.page.locator("#tasks").is_visible():
+            await alice.delete_account()
+            await expect(alice.page.locator("#door")).to_be_visible()
+    assert alice.complaints == []
+
+
+@pytest_asyncio.fixture
+async def bob(chromium: Browser, address: str) -> AsyncGenerator[Person]:
+    async with Person(chromium, address, "Bob") as bob:
+        await bob.sign_up()
+        yield bob
+        await bob.delete_account()
+        await expect(bob.page.locator("#door")).to_be_visible()
+    assert bob.complaints == []
+
+
+async def titles(address: str, cookies: httpx.Cookies) -> list[str]:
+    async with browser(address, cookies) as client:
+        items = (await client.get("/api/tasks")).json()["items"]
+    return [item["title"] for item in items]
+
+
+class TestPage:
+    async def test_leads_two_users_from_sign_up_to_deletion(
+        self, alice: Person, bob: Person, administrator: Connection
+    ) -> None:
+        await alice.add("Water the plants")
+        await alice.add("Book the train to Vienna", "A window seat, before ten")
+        await alice.add("Buy milk")
+        await alice.page.get_by_label("Done: Water the plants").click()
+        await expect(alice.page.locator("li.done .title")).to_have_text("Water the plants")
+        if not SCREENSHOT.exists():
+            await alice.page.screenshot(path=SCREENSHOT)
+        assert SCREENSHOT.stat().st_size < 150_000
+
+        await alice.fill("Search", "TRAIN")
+        await expect(alice.titles).to_have_text(["Book the train to Vienna"])
+        await alice.fill("Search", "")
+        await alice.page.get_by_label("Show").select_option("Done")
+        await expect(alice.titles).to_have_text(["Water the plants"])
+        await alice.page.get_by_label("Show").select_option("All")
+        await alice.page.get_by_label("Sort by").select_option("By title")
+        await expect(alice.titles).to_have_text(
+            ["Book the train to Vienna", "Buy milk", "Water the plants"]
+        )
+        await alice.edit("Buy milk", "Buy oat milk")
+        await expect(alice.titles.nth(1)).to_have_text("Buy oat milk")
+
+        # bob sees none of it, and is told of it what he is told of what nobody has.
+        await expect(bob.page.get_by_text("Nothing to show.")).to_be_visible()
+        task_id = await administrator.fetchval("SELECT max(id) FROM tasks")
+        assert await bob.fetch(f"/api/tasks/{task_id}") == await bob.fetch("/api/tasks/999999")
+        assert (await alice.fetch(f"/api/tasks/{task_id}"))[0] == 200
+        await bob.add("his own")
+        await alice.page.reload()
+        await expect(alice.titles).to_have_count(3)
+
+        await alice.press("Delete: Book the train to Vienna")
+        await expect(alice.titles).to_have_text(["Buy oat milk", "Water the plants"])
+        await alice.press("Delete all that is done")
+        await expect(alice.titles).to_have_text(["Buy oat milk"])
+
+        # Signed out, the page shows nothing of hers; signed in again, all of it.
+        await alice.press("Sign out")
+        await expect(alice.page.locator("#door")).to_be_visible()
+        assert "milk" not in await alice.page.content()
+        await alice.sign_in("wrong horse battery")
+        await expect(alice.alert).to_have_text("Invalid email or password")
+        await alice.sign_in()
+        await expect(alice.titles).to_have_text(["Buy oat milk"])
+
+        user_id = await administrator.fetchval(
+            "SELECT id FROM users WHERE email = 'alice@example.org'"
+        )
+        hers = (user_id, alice.email, "Buy oat milk")
+        assert await tables_that_name(administrator, *hers) >= {"users", "sessions", "tasks"}
+        await alice.delete_account()
+        await expect(alice.alert).to_have_text("Your account is deleted, and everything in it.")
+        assert await tables_that_name(administrator, *hers) == set()
+        await expect(bob.titles).to_have_text(["his own"])
+
+    async def test_shows_more_by_and_by(self, alice: Person) -> None:
+        for number in range(23):
+            await alice.add(f"Task {number}")
+        await alice.page.reload()
+        await expect(alice.page.get_by_text("20 tasks, and there are more")).to_be_visible()
+        await alice.press("Load more")
+        await expect(alice.titles).to_have_text([f"Task {n}" for n in reversed(range(23))])
+        await expect(alice.page.get_by_role("button", name="Load more")).to_be_hidden()
+
+    async def test_shows_what_was_typed_as_text(self, alice: Person) -> None:
+        markup = "<img src=x onerror=\"document.title='broken'\"><b>bold</b>"
+        await alice.add(markup, f"{markup}\n<script>document.title = 'broken'</script>")
+        await expect(alice.titles).to_have_text(markup)
+        assert await alice.page.locator("#list :is(img, b, script)").count() == 0
+        assert await alice.page.title() == "Tasks"
+
+    async def test_says_what_was_wrong(
+        self, alice: Person, chromium: Browser, address: str
+    ) -> None:
+        await alice.fill("New task", "   ")
+        await alice.press("Add")
+        await expect(alice.alert).to_contain_text("blank")
+        async with Person(chromium, address, "ALICE") as other:
+            await other.press("Create one")
+            await other.fill("Name", "Another")
+            await other.fill("E-mail", other.email)
+            await other.fill("Password", PASSWORD)
+            await other.press("Sign up")
+            await expect(other.alert).to_contain_text("User already exists")
+
+    async def test_overwrites_no_edit_made_elsewhere(self, alice: Person) -> None:
+        await alice.add("Buy milk")
+        await alice.press("Edit: Buy milk")
+        await alice.fill("Title", "Buy butter")
+        here = alice.page
+        await alice.open()
+        await alice.edit("Buy milk", "Buy oat milk")
+        await expect(alice.titles).to_have_text(["Buy oat milk"])
+
+        elsewhere, alice.page = alice.page, here
+        await alice.press("Save")
+        await expect(alice.alert).to_contain_text("changed elsewhere")
+        await expect(alice.titles).to_have_text(["Buy oat milk"])
+
+        alice.page = elsewhere
+        await alice.press("Delete: Buy oat milk")
+        await expect(alice.titles).to_have_count(0)
+        alice.page = here
+        await alice.page.get_by_label("Done: Buy oat milk").click()
+        await expect(alice.alert).to_contain_text("gone")
+        await expect(alice.titles).to_have_count(0)
+
+    async def test_adds_once_what_is_sent_twice(self, alice: Person) -> None:
+        async def lose_the_answer(route: Route) -> None:
+            await route.fetch()
+            await route.abort()
+
+        await alice.page.route("**/api/tasks", lose_the_answer, times=1)
+        await alice.fill("New task", "Buy milk")
+        await alice.press("Add")
+        await expect(alice.alert).to_contain_text("cannot be reached")
+        await alice.press("Add")
+        await expect(alice.titles).to_have_text(["Buy milk"])
+        alice.complaints = [text for text in alice.complaints if "ERR_FAILED" not in text]
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    async def test_fits_a_telephone(self, alice: Person, scheme: str) -> None:
+        await alice.page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+        await alice.page.set_viewport_size({"width": 320, "height": 640})
+        await alice.add("long" * 50, "words" * 50)
+        await alice.press(f"Edit: {'long' * 50}")
+        wide = "document.documentElement.scrollWidth"
+        assert await alice.page.evaluate(wide) == 320
+        back = await alice.page.evaluate(
+            "getComputedStyle(document.documentElement).backgroundColor"
+        )
+        assert back == {"light": "rgb(244, 245, 248)", "dark": "rgb(18, 20, 26)"}[scheme]
+
+    async def test_works_without_a_mouse(self, alice: Person) -> None:
+        keyboard = alice.page.keyboard
+        await expect(alice.page.get_by_label("New task")).to_be_focused()
+        await keyboard.type("Buy milk")
+        await keyboard.press("Enter")
+        await expect(alice.titles).to_have_text(["Buy milk"])
+        await alice.page.get_by_label("Done: Buy milk").focus()
+        await keyboard.press("Space")
+        await expect(alice.page.locator("li.done")).to_have_count(1)
+        await expect(alice.page.get_by_label("Done: Buy milk")).to_be_focused()
+        await keyboard.press("Tab")
+        await keyboard.press("Enter")
+        await expect(alice.field("Title")).to_be_focused()
+        await keyboard.press("ControlOrMeta+A")
+        await keyboard.type("Buy oat milk")
+        await keyboard.press("Enter")
+        await expect(alice.titles).to_have_text(["Buy oat milk"])
+        await expect(alice.page.get_by_label("Edit: Buy oat milk")).to_be_focused()
+
+
+class TestServer:
+    async def test_lets_the_page_load_nothing_from_elsewhere(self, address: str) -> None:
+        async with browser(address) as client:
+            answer = await client.get("/")
+            policy = answer.headers["content-security-policy"]
+            assert policy.startswith("default-src 'none'; script-src 'self';")
+            assert "unsafe" not in policy
+            for path in ("/server.mjs", "/auth.mjs", "/package.json", "/%2e%2e/server.mjs"):
+                assert (await client.get(path)).status_code == 404
+
+    async def test_passes_no_request_of_another_page_on(self, address: str) -> None:
+        async with browser(address) as client:
+            for site, status in (("same-site", 403), ("cross-site", 403), ("same-origin", 401)):
+                headers = {"sec-fetch-site": site}
+                answer = await client.post("/api/tasks", headers=headers, json={"title": "x"})
+                assert answer.status_code == status
+
+    async def test_logs_each_of_its_parts_in_as_itself(
+        self, alice: Person, administrator: Connection
+    ) -> None:
+        await alice.add("Buy milk")
+        rows = await administrator.fetch(
+            "SELECT DISTINCT usename, pg_has_role(usename, 'todo_app', 'MEMBER'),"
+            " pg_has_role(usename, 'todo_auth', 'MEMBER'), rolsuper OR rolbypassrls"
+            " FROM pg_stat_activity JOIN pg_roles ON rolname = usename"
+            " WHERE datname = 'todo' AND pid <> pg_backend_pid() ORDER BY 1"
+        )
+        assert [tuple(row) for row in rows] == [
+            ("todo_auth_login", False, True, False),
+            ("todo_login", True, False, False),
+        ]
+
+
+class TestStart:
+    async def test_finds_everything_again(self, folder: Path) -> None:
+        data, port = folder / "postgres", free_port()
+        with started(data, "--port", str(port)) as address:
+            assert address == f"http://127.0.0.1:{port}"
+            async with browser(address) as alice:
+                body = {"name": "Alice", "email": "alice@example.org", "password": PASSWORD}
+                await ask(alice, "sign-up/email", body)
+                await alice.post("/api/tasks", json={"title": "Buy milk"})
+        # Ctrl-C has ended all of it, PostgreSQL too.
+        with pytest.raises(httpx.ConnectError):
+            await titles(address, alice.cookies)
+        assert not (data / "postmaster.pid").exists()
+        with started(data, "--port", str(port)):
+            assert await titles(address, alice.cookies) == ["Buy milk"]
