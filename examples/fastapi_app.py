@@ -19,9 +19,9 @@ from todo_db.fastapi import (
     lifespan,
 )
 
-app = FastAPI(title="Todo", version="1.0.0", lifespan=lifespan())
+app = FastAPI(title="Todo", version="1.0.0", lifespan=lifespan(), max_body_size=2**20)
 install(app)
-api = APIRouter(prefix="/api", responses=PROBLEMS)
+api = APIRouter(prefix="/api", responses=PROBLEMS | {413: {"description": "Too long"}})
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def _key_id(token: str) -> str | None:
 
 def _verifying_key(public_key: str | None) -> jwt.PyJWK | None:
     try:
-        return jwt.PyJWK(json.loads(public_key or "{}"), algorithm=_ALGORITHM)
-    except (jwt.PyJWTError, ValueError):
+        return jwt.PyJWK(dict(json.loads(public_key or "{}")), algorithm=_ALGORITHM)
+    except (jwt.PyJWTError, RecursionError, TypeError, ValueError):
         # Unknown; or the server signs by another algorithm, which nothing here verifies.
         return None

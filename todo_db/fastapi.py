@@ -17,12 +17,15 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
+from http.client import responses
 from math import ceil
 from typing import Annotated, Any, Final, cast
 
-from fastapi import APIRouter, Depends, FastAPI, Header, Request
+from fastapi import APIRouter, Depends, FastAPI, Header, Request, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from fastapi.security import APIKeyCookie, HTTPBearer
+from fastapi.utils import is_body_allowed_for_status_code
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
@@ -45,7 +48,7 @@ from todo_db.settings import Settings
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
-_ETAG: Final = re.compile(r'"(-?[0-9]{1,18})"', re.ASCII)
+_ETAG: Final = re.compile(r'"(-?[0-9]{1,18})"')
 _MEDIA_TYPE: Final = "application/problem+json"
 
 _logger: Final = logging.getLogger("todo_db")
@@ -88,7 +91,8 @@ PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
         "description": status.phrase,
         "content": {_MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
     }
-    for status in sorted({*_STATUS.values()})
+    # FastAPI itself answers 400 to a body that it cannot read.
+    for status in sorted({HTTPStatus.BAD_REQUEST, *_STATUS.values()})
 }
 """For `responses=` of a router: the documentation of what `install` answers."""
 
@@ -122,6 +126,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(TodoDBError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
     app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_fault)
     app.include_router(_health)
 
 
@@ -131,7 +136,19 @@ def current_database(request: Request) -> Database:
     return database
 
 
-async def current_user_id(request: Request) -> str:
+_BEARER: Final = HTTPBearer(auto_error=False, description="A session's token, or a JWT")
+_COOKIE: Final = APIKeyCookie(
+    name="better-auth.session_token",
+    auto_error=False,
+    description="Better Auth's; its name begins with `__Secure-` behind TLS",
+)
+
+
+async def current_user_id(
+    request: Request,
+    _bearer: Annotated[object, Security(_BEARER)],  # for the documentation
+    _cookie: Annotated[object, Security(_COOKIE)],
+) -> str:
     """Return whose request this is, by Better Auth's cookie, session token or JWT.
 
     For another way to sign in put a function of your own into `app.dependency_overrides`: the
@@ -146,7 +163,7 @@ async def current_user_id(request: Request) -> str:
         raise ConfigurationError("BETTER_AUTH_SECRET and BETTER_AUTH_URL must be set")
     headers = request.headers
     return await authenticator.user_id(
-        cookie=headers.get("cookie"), authorization=headers.get("authorization")
+        cookie="; ".join(headers.getlist("cookie")), authorization=headers.get("authorization")
     )
 
 
@@ -242,7 +259,7 @@ async def _answer_error(_request: Request, error: Exception) -> JSONResponse:
             return _problem(status)
         case UnavailableError():
             return _problem(
-                status, {"Retry-After": str(ceil(error.retry_after))}, detail=str(error)
+                status, {"Retry-After": str(max(1, ceil(error.retry_after)))}, detail=str(error)
             )
         case ConflictError() | OutcomeUnknownError():
             return _problem(status, detail=str(error), code=type(error).__name__)
@@ -254,12 +271,23 @@ async def _answer_error(_request: Request, error: Exception) -> JSONResponse:
 async def _answer_validation(_request: Request, error: Exception) -> JSONResponse:
     # What FastAPI itself would answer repeats the input.
     first = cast("RequestValidationError", error).errors()[0]
-    field = ".".join(part for part in first["loc"][1:] if isinstance(part, str))
-    return _problem(HTTPStatus.UNPROCESSABLE_CONTENT, detail=first["msg"], field=field)
+    # What is deeper, or nobody asked for, may be a key of the request.
+    named = first["loc"][1:2] if first["type"] != "extra_forbidden" else ()
+    field = "".join(part for part in named if isinstance(part, str))
+    detail = "is none of the kinds" if first["type"] == "union_tag_invalid" else first["msg"]
+    return _problem(HTTPStatus.UNPROCESSABLE_CONTENT, detail=detail, field=field)
 
 
-async def _answer_http(_request: Request, error: Exception) -> JSONResponse:
+async def _answer_http(_request: Request, error: Exception) -> Response:
     refusal = cast("HTTPException", error)
-    status = HTTPStatus(refusal.status_code)
-    members = {} if refusal.detail == status.phrase else {"detail": refusal.detail}
-    return _problem(status, refusal.headers, **members)
+    if not is_body_allowed_for_status_code(refusal.status_code):
+        return Response(None, refusal.status_code, refusal.headers)
+    phrase = responses.get(refusal.status_code, "Unknown")
+    members = {} if refusal.detail == phrase else {"detail": refusal.detail}
+    content = {"type": "about:blank", "title": phrase, "status": refusal.status_code, **members}
+    return JSONResponse(content, refusal.status_code, refusal.headers, media_type=_MEDIA_TYPE)
+
+
+async def _answer_fault(_request: Request, _error: Exception) -> JSONResponse:
+    # Starlette raises it again, so that the server logs it.
+    return _problem(HTTPStatus.INTERNAL_SERVER_ERROR)
