@@ -13,6 +13,8 @@ from typing import Literal, Self
 import asyncpg
 from driver import Connection
 
+from todo_db.embedded import folder_in_memory
+
 OWNER = "todo_owner"
 
 
@@ -37,7 +39,8 @@ class Cluster:
         self._settings = {"fsync": durable} | settings
 
     def __enter__(self) -> Self:
-        self._folder = Path(mkdtemp(prefix="todo"))
+        # In memory, if there is any: it survives whatever is killed here.
+        self._folder = Path(mkdtemp(prefix="todo", dir=folder_in_memory()))
         if self._user is not None:
             shutil.chown(self._folder, self._user)
         self._run(

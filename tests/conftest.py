@@ -11,7 +11,7 @@ from driver import Connection
 from proxy import Proxy
 
 from todo_db import Database
-from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
+from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres, folder_in_memory
 
 pytest_plugins = ["todo_db.testing"]
 
@@ -30,7 +30,7 @@ def url(todo_postgres: EmbeddedPostgres, todo_database_name: str, login: str) ->
 @pytest.fixture
 def folder() -> Generator[Path]:
     """A folder that a PostgreSQL of the test's own can live in, which is not root's."""
-    with TemporaryDirectory(prefix="todo-db-") as path:
+    with TemporaryDirectory(prefix="todo-db-", dir=folder_in_memory()) as path:
         yield Path(path)
 
 

@@ -195,6 +195,17 @@ class TestLifetime:
             await asyncio.to_thread(elsewhere)
         assert await database.tasks.count("alice") == 0
 
+    async def test_C8_another_process_is_refused_and_leaves_the_connections_alone(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As after a fork; `test_faults` does it."""
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr("todo_db.database.os.getpid", lambda: -1)
+            with pytest.raises(ConfigurationError, match="fork"):
+                await database.tasks.list("alice")
+            await database.close()
+        assert await database.tasks.count("alice") == 0
+
     def test_each_event_loop_can_have_its_own(self, url: str) -> None:
         async def use() -> int:
             async with Database.from_url(url) as database:

@@ -395,7 +395,7 @@ async def template(cluster: Cluster) -> str:
 async def place(cluster: Cluster, template: str) -> AsyncGenerator[Cluster]:
     """The server, with a sound database to plant in."""
     await cluster.execute(
-        f"CREATE DATABASE {DATABASE} TEMPLATE {template} OWNER {OWNER}",
+        f"CREATE DATABASE {DATABASE} TEMPLATE {template} STRATEGY FILE_COPY OWNER {OWNER}",
         f"REVOKE TEMPORARY ON DATABASE {DATABASE} FROM PUBLIC",
     )
     yield cluster

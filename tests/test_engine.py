@@ -228,6 +228,19 @@ class TestConnecting:
         assert type(failure) is UnavailableError
         assert failure.transient
 
+    async def test_F33_server_without_tls(self) -> None:
+        async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readexactly(8)
+            writer.write(b"N")
+            writer.close()
+
+        async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            failure = await self.failure(
+                f"postgresql://alice@127.0.0.1:{port}/todo?sslmode=require"
+            )
+        assert type(failure) is ConfigurationError
+
     async def test_F42_unknown_login(self, todo_postgres: EmbeddedPostgres) -> None:
         failure = await self.failure(todo_postgres.url(user="nobody"))
         assert type(failure) is ConfigurationError

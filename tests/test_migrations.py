@@ -402,6 +402,18 @@ class TestCommandLine:
             del config.attributes["url"]
             await asyncio.to_thread(command.current, config)
 
+    async def test_takes_the_url_of_the_environment(
+        self, empty: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("DATABASE_URL", empty)
+        monkeypatch.delenv("DIRECT_DATABASE_URL", raising=False)
+        config = alembic_config()
+        del config.attributes["url"]
+        await asyncio.to_thread(command.upgrade, config, "0001")
+        async with connected(empty) as connection:
+            version = await connection.fetchval("SELECT version_num FROM alembic_version")
+        assert version == "0001"
+
     async def test_runs_from_the_root(self, empty: str) -> None:
         for arguments, said in (
             (["upgrade", "head"], ""),

@@ -215,6 +215,12 @@ class TestBegin:
                     await db.tasks.count("alice")
             assert await db.tasks.count("alice") == 0
 
+    def test_F21_standby_is_unavailable_until_it_is_promoted(self) -> None:
+        """It does not begin to write; `test_faults` asks a real one."""
+        failure = _begin_failure(asyncpg.FeatureNotSupportedError())
+        assert isinstance(failure, UnavailableError)
+        assert not failure.transient
+
     async def test_missing_role_and_missing_membership_are_told_apart(self) -> None:
         with Cluster(18) as cluster:
             owner = await cluster.create_database("todo")

@@ -11,7 +11,6 @@ from collections.abc import AsyncGenerator, Generator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from shutil import disk_usage
 from tempfile import TemporaryDirectory
 from typing import Final
 
@@ -19,18 +18,11 @@ import pytest
 import pytest_asyncio
 
 from todo_db.database import Database
-from todo_db.embedded import LOGIN, EmbeddedPostgres
+from todo_db.embedded import LOGIN, EmbeddedPostgres, folder_in_memory
 from todo_db.migrations import upgrade
 
 _TEMPLATE: Final = "todo_template"
-_PLENTY: Final = 4 * 2**30
 _numbers: Final = count(1)
-
-
-def _memory() -> Path | None:
-    """Return a folder in memory, where a copy takes 20 ms instead of 100, if it is large."""
-    folder = Path("/dev/shm")  # noqa: S108  # a folder of a random name is made in it
-    return folder if folder.is_dir() and disk_usage(folder).free > _PLENTY else None
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +30,7 @@ def todo_postgres() -> Generator[EmbeddedPostgres]:
     """A server of this test run, with a migrated database to copy."""
     with (
         # Not pytest's own: its start closes that to all but root, which a server cannot be.
-        TemporaryDirectory(prefix="todo-db-", dir=_memory()) as folder,
+        TemporaryDirectory(prefix="todo-db-", dir=folder_in_memory()) as folder,
         EmbeddedPostgres(Path(folder) / "postgres", durable=False) as server,
     ):
         server.create_database(_TEMPLATE)

@@ -381,7 +381,9 @@ def _keyed(method: str, key: str, user_id: str, tasks: Sequence[NewTask]) -> Cal
     digest = sha256(method.encode())
     # One by one: the text of them all would be many times their size.
     for task in tasks:
-        digest.update(_JSON([task.title, task.description, task.completed]).encode())
+        digest.update(
+            _JSON([task.title, task.description, task.completed]).encode(errors="surrogatepass")
+        )
     fingerprint = digest.hexdigest()
 
     def result(rows: Sequence[Row]) -> list[TaskRecord]:
