@@ -1,5 +1,6 @@
 """alice and bob are users, mallory attacks."""
 
+import os
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,9 @@ from todo_db import Database
 from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres, folder_in_memory
 
 pytest_plugins = ["todo_db.testing"]
+
+# Each program that a test starts would compile all it imports again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture(params=[LOGIN, OWNER])
