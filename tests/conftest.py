@@ -9,6 +9,7 @@ import asyncpg
 import pytest
 import pytest_asyncio
 from driver import Connection
+from pgbouncer import BOOKWORM, PASSWORD, TRIXIE, PgBouncer
 from proxy import Proxy
 
 from todo_db import Database
@@ -26,9 +27,43 @@ def login(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--pooler",
+        choices=(TRIXIE, BOOKWORM),
+        help="Run what asks for a URL through the PgBouncer of this Debian release.",
+    )
+
+
+@pytest_asyncio.fixture(scope="session")
+async def pooler(
+    request: pytest.FixtureRequest, todo_postgres: EmbeddedPostgres
+) -> AsyncGenerator[PgBouncer | None]:
+    suite = request.config.getoption("pooler")
+    if suite is None:
+        yield None
+        return
+    todo_postgres._psql(f"ALTER ROLE {LOGIN} PASSWORD '{PASSWORD}'")
+    todo_postgres._psql(f"ALTER ROLE {OWNER} PASSWORD '{PASSWORD}'")
+    server = todo_postgres.url(user="postgres", database="postgres")
+    prepared = None if suite == BOOKWORM else 1000
+    async with PgBouncer(suite, server, max_prepared_statements=prepared) as started:
+        yield started
+
+
 @pytest.fixture
-def url(todo_postgres: EmbeddedPostgres, todo_database_name: str, login: str) -> str:
-    return todo_postgres.url(user=login, database=todo_database_name)
+def url(
+    todo_postgres: EmbeddedPostgres,
+    todo_database_name: str,
+    login: str,
+    pooler: PgBouncer | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> str:
+    if pooler is None:
+        return todo_postgres.url(user=login, database=todo_database_name)
+    if pooler.suite == BOOKWORM:
+        monkeypatch.setenv("TODO_DB_PREPARED_STATEMENTS", "false")
+    return pooler.url(login, todo_database_name)
 
 
 @pytest.fixture

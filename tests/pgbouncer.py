@@ -53,6 +53,7 @@ class PgBouncer:
         default_pool_size: int = 10,
         **settings: object,
     ) -> None:
+        self.suite = suite
         self._run = fetched(suite) / "run"
         url = make_url(server_url)
         self._server = Path(str(url.query["host"]))
