@@ -513,7 +513,10 @@ class TestFaults:
         self, url: str, kind: Kind, pooler: PgBouncer
     ) -> None:
         async with Database.from_url(
-            url, prepared_statements=kind[2], retry_timeout_seconds=0.5
+            url,
+            prepared_statements=kind[2],
+            connect_retry_seconds=0.5,
+            retry_timeout_seconds=0.5,
         ) as db:
             await db.tasks.count("alice")
             pooler.kill()
