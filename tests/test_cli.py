@@ -208,6 +208,23 @@ class TestDoctor:
         assert result.output == "UnavailableError: the database cannot be reached\n"
 
 
+class TestTwoLogins:
+    def test_migrations_go_by_the_owners_url(
+        self,
+        todo_postgres: EmbeddedPostgres,
+        todo_database_name: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv(
+            "DATABASE_URL", todo_postgres.url(user=LOGIN, database=todo_database_name)
+        )
+        monkeypatch.setenv("DIRECT_DATABASE_URL", todo_postgres.url(database=todo_database_name))
+        for command in (("alembic", "downgrade", "-1"), ("migrate",), ("seed",)):
+            result = run(*command)
+            assert result.exit_code == 0, result.output
+        assert run("url").output.startswith(f"postgresql://{LOGIN}@")
+
+
 class TestUrl:
     def test_hides_the_password_unless_asked(self, monkeypatch: pytest.MonkeyPatch) -> None:
         url = f"postgresql://alice:{MARKER}@localhost/todo"
@@ -236,6 +253,28 @@ class TestPsql:
     @pytest.mark.usefixtures("set_url")
     def test_exits_as_it_does(self) -> None:
         assert run("psql", "-c", "SELECT nonsense").exit_code == 1
+
+
+class TestPsqlWithTls:
+    URL = "postgresql://alice@127.0.0.1:1/todo?sslmode=verify-full"
+
+    def test_is_not_the_wheels(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("DATABASE_URL", self.URL)
+        program = tmp_path / "psql"
+        program.write_text('#!/bin/sh\n[ "$1" = "$WANTED" ] && exit 7\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.setenv("WANTED", f"{self.URL}&sslrootcert=system")
+        assert run("psql").exit_code == 7
+
+    def test_says_so_where_there_is_none(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("DATABASE_URL", self.URL)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        result = run("psql")
+        assert result.exit_code == 1
+        assert result.output.startswith("ConfigurationError: the database URL demands TLS")
 
 
 class TestServe:

@@ -35,6 +35,8 @@ from todo_db import (
 )
 from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
 from todo_db.migrations import upgrade
+from todo_db.models import REVISION
+from todo_db.transaction import Context
 
 
 @pytest.fixture
@@ -309,6 +311,42 @@ class TestOpen:
                 await cluster.execute(cure)
                 await database.open()
                 await database.close()
+
+    async def test_refused_one_keeps_its_connections_once_it_is_mended(
+        self, url: str, superuser: Connection
+    ) -> None:
+        await superuser.execute("UPDATE alembic_version SET version_num = '0001'")
+        database = Database.from_url(url)
+        with pytest.raises(SchemaError):
+            await database.open()
+        await superuser.execute(f"UPDATE alembic_version SET version_num = '{REVISION}'")
+        async with database as db:
+            backends = set[int]()
+            for _ in range(3):
+                async with db.transaction("alice") as tx:
+                    backends.add(await tx._driver.fetchval("SELECT pg_backend_pid()"))
+        assert len(backends) == 1
+
+    async def test_those_who_waited_for_an_attempt_share_its_failure(self, proxy: Proxy) -> None:
+        proxy.break_at(STARTUP, Fault.HANG, times=99)
+        database = Database.from_url(proxy.url, connect_retry_seconds=0.3)
+        failures = await asyncio.gather(
+            *(database.tasks.count("alice") for _ in range(5)), return_exceptions=True
+        )
+        assert {type(failure) for failure in failures} == {UnavailableError}
+        assert proxy.connections == 1
+
+    async def test_closed_while_it_opens_is_closed(self, url: str, superuser: Connection) -> None:
+        for turns in range(1, 30):
+            database = Database.from_url(url)
+            opening = asyncio.create_task(database.open())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await database.close()
+            await asyncio.gather(opening, return_exceptions=True)
+            with pytest.raises(ConfigurationError, match="closed"):
+                await database.tasks.count("alice")
+        await until_disconnected(superuser)
 
     async def test_refused_one_holds_no_connection(self, url: str, superuser: Connection) -> None:
         await superuser.execute("ALTER TABLE tasks DISABLE ROW LEVEL SECURITY")
@@ -770,6 +808,25 @@ class TestLostCommit:
                     await call()
                 assert not proxy.pending, name
         assert await titles_and_names(owner) == (["x"], ["Bob", "New", ""])
+
+    async def test_stays_unknown_when_the_next_try_is_refused(
+        self, db: Database, proxy: Proxy, owner: Connection, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        task = await db.tasks.create("alice", "old")
+        begin = Context.begin
+
+        def refused(self: Context, user_id: str, *, read_only: bool) -> str:
+            return begin(self, user_id, read_only=read_only).replace("todo_app", "pg_monitor")
+
+        async with Database.from_url(proxy.url, pool_size=1, max_overflow=0) as far:
+            await far.tasks.count("alice")
+            proxy.break_at(COMMIT, Fault.CUT_AFTER)
+            call = asyncio.create_task(far.tasks.update("alice", task.id, title="new"))
+            await until(lambda: not proxy.pending)
+            monkeypatch.setattr(Context, "begin", refused)
+            with pytest.raises(OutcomeUnknownError):
+                await call
+        assert await owner.fetchval("SELECT title FROM tasks") == "new"
 
     async def test_retries_turned_off(self, db: Database, proxy: Proxy) -> None:
         task = await db.tasks.create("alice", "old")

@@ -99,6 +99,18 @@ PLANTS = (
     ),
     Plant("login-bypasses", LOGIN, f"GRANT {OWNER} TO {LOGIN}", f"REVOKE {OWNER} FROM {LOGIN}"),
     Plant("login-not-member", LOGIN, f"REVOKE todo_app FROM {LOGIN}", f"GRANT todo_app TO {LOGIN}"),
+    Plant(
+        "login-member",
+        "pg_execute_server_program",
+        f"GRANT pg_execute_server_program TO {LOGIN}",
+        f"REVOKE pg_execute_server_program FROM {LOGIN}",
+    ),
+    Plant(
+        "login-member",
+        "todo_auth",
+        f"GRANT todo_auth TO {LOGIN} WITH ADMIN TRUE, INHERIT FALSE, SET FALSE",
+        f"REVOKE todo_auth FROM {LOGIN}",
+    ),
     Plant("login-auth", LOGIN, f"GRANT todo_auth TO {LOGIN}", f"REVOKE todo_auth FROM {LOGIN}"),
     Plant(
         "login-auth",
@@ -281,6 +293,12 @@ PLANTS = (
     ),
     Plant("trigger-missing", "public.users", "DROP TRIGGER update_users_updated_at ON users"),
     Plant("trigger-disabled", "public.tasks", "ALTER TABLE tasks DISABLE TRIGGER USER"),
+    Plant(
+        "trigger-silenced",
+        "session_replication_role",
+        f"ALTER DATABASE {DATABASE} SET session_replication_role = replica",
+        f"ALTER DATABASE {DATABASE} RESET session_replication_role",
+    ),
     Plant(
         "trigger-disabled",
         "public.tasks",

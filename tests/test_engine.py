@@ -487,6 +487,19 @@ class TestClose:
         await pool.close()
         assert all(lease.driver.is_closed() for lease in leases)
 
+    async def test_leaves_no_connection_behind_when_it_is_cancelled(self, pool: Pool) -> None:
+        leases = [await pool.acquire(), await pool.acquire()]
+        for lease in leases:
+            await pool.release(lease)
+        for turns in range(1, 6):
+            closing = asyncio.create_task(pool.close())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            closing.cancel()
+            await asyncio.gather(closing, return_exceptions=True)
+        await pool.close()
+        assert all(lease.driver.is_closed() for lease in leases)
+
     async def test_waits_for_what_is_lent(self, pool: Pool) -> None:
         lease = await pool.acquire()
         closing = asyncio.create_task(pool.close())

@@ -648,6 +648,18 @@ class TestFindCredential:
             found = await alice.fetch(find, "hers", "current")
             assert [tuple(row) for row in found] == [("alice", None), (None, "current key")]
 
+    async def test_is_not_fooled_by_a_plugins_column_of_an_arguments_name(
+        self, signed_in: Connection, alice: Connection
+    ) -> None:
+        await signed_in.execute("""
+            ALTER TABLE sessions ADD session_token text;
+            ALTER TABLE jwks ADD key_id text;
+            UPDATE sessions SET session_token = token;
+            UPDATE jwks SET key_id = id
+        """)
+        assert await alice.fetch(FIND, "forged", "forged") == []
+        assert [tuple(row) for row in await alice.fetch(FIND, "hers", None)] == [("alice", None)]
+
     async def test_D5_reads_by_the_indexes(self, signed_in: Connection) -> None:
         await signed_in.execute("""
             INSERT INTO sessions (user_id, token, expires_at)
@@ -659,10 +671,12 @@ class TestFindCredential:
         body = await signed_in.fetchval(
             "SELECT prosrc FROM pg_proc WHERE oid = 'find_credential(text, text)'::regprocedure"
         )
+        for number, argument in enumerate(("session_token", "key_id"), 1):
+            body = body.replace(f"find_credential.{argument}", f"${number}")
         # The server plans it like this, for values that it does not know.
         await signed_in.execute(
             f"""PREPARE found (text, text) AS
-            {body.replace("session_token", "$1").replace("key_id", "$2")};
+            {body};
             SET plan_cache_mode = force_generic_plan"""
         )
         plan = "\n".join(

@@ -159,6 +159,22 @@ class TestTls:
             assert MARKER not in told(caught.value)
 
 
+class TestLibpqUrl:
+    @pytest.mark.parametrize(
+        ("query", "kept"),
+        [
+            ("", ""),
+            ("?sslmode=prefer&pgbouncer=true", ""),
+            ("?sslmode=require&channel_binding=require", "?sslmode=require"),
+            ("?sslmode=require&sslrootcert=/ca", "?sslmode=require&sslrootcert=%2Fca"),
+            ("?sslmode=verify-full", "?sslmode=verify-full&sslrootcert=system"),
+        ],
+    )
+    def test_keeps_what_is_said_of_tls(self, query: str, kept: str) -> None:
+        endpoint = parse_url(f"postgres://alice@db.example.org/todo{query}")
+        assert str(endpoint.libpq_url()) == f"postgresql://alice@db.example.org/todo{kept}"
+
+
 class TestNeon:
     @pytest.fixture(params=["", "?sslmode=require", "?sslmode=verify-ca", "?sslmode=verify-full"])
     def query(self, request: pytest.FixtureRequest) -> str:

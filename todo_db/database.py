@@ -69,6 +69,8 @@ class Database:
         self._pool = Pool(settings)
         self._context = Context(settings)
         self._opening = asyncio.Lock()
+        self._failures = 0
+        self._failure = TodoDBError()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self._process = os.getpid()
@@ -94,17 +96,24 @@ class Database:
             ConfigurationError: The URL or the login is wrong.
             UnavailableError: The database cannot be reached.
         """
+        failures = self._failures
         async with self._opening:
             if self._loop is not None:
                 return
+            if failures != self._failures:
+                # Whoever tried while this one waited has used the time that there is for it.
+                raise self._failure
             if self._closed:
                 # The old one belongs to the loop that it was used on.
                 self._pool = Pool(self._settings)
             try:
                 await self._retried(self._check, repeatable=True)
-            except BaseException:
-                # Nobody will close what was not opened.
-                await self._pool.close()
+            except BaseException as error:
+                if isinstance(error, TodoDBError):
+                    self._failures, self._failure = self._failures + 1, error
+                # Nobody will close what was not opened; and what is closed keeps nothing.
+                failed, self._pool = self._pool, Pool(self._settings)
+                await failed.close()
                 raise
             self._loop = asyncio.get_running_loop()
             self._process = os.getpid()
@@ -115,9 +124,10 @@ class Database:
         if self._loop is not None and self._process != os.getpid():
             # A word on the parent's connections would end them.
             return
-        self._closed = True
-        self._loop = None
-        await self._pool.close()
+        async with self._opening:
+            self._closed = True
+            self._loop = None
+            await self._pool.close()
 
     async def perform[T](self, user_id: str, call: Call[T]) -> T:
         """Run a repository's call as a transaction of its own: three round trips.
@@ -314,7 +324,7 @@ class Database:
             ):
                 with attempt:
                     return await once()
-        except UnavailableError:
+        except (ConfigurationError, IsolationError, SchemaError, UnavailableError):
             if not unknown:
                 raise
         raise OutcomeUnknownError

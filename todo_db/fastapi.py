@@ -94,7 +94,7 @@ PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
     # FastAPI itself answers 400 to a body that it cannot read.
     for status in sorted({HTTPStatus.BAD_REQUEST, *_STATUS.values()})
 }
-"""For `responses=` of a router: the documentation of what `install` answers."""
+"""The documentation of what `install` answers, for `responses=` of a router."""
 
 
 def lifespan(
@@ -183,7 +183,7 @@ def path_user_id(user_id: str, current: CurrentUserId) -> str:
 
 
 PathUserId = Annotated[str, Depends(path_user_id)]
-"""The same, where paths name the user: `/api/{user_id}/tasks`."""
+"""The same, where paths name the user, like `/api/{user_id}/tasks`."""
 
 
 def _tasks(database: Annotated[Database, Depends(current_database)]) -> TaskRepository:

@@ -21,16 +21,17 @@ _CREATE_ROLE = """
     END
     $$
 """
+# Arguments by their full name: a column that a plugin adds would hide one of the same name.
 # Better Auth keeps a retired signing key for 30 days, for the tokens that it signed.
 _FIND_CREDENTIAL = """
     CREATE FUNCTION find_credential(session_token text, key_id text)
     RETURNS TABLE (user_id text, public_key text)
     LANGUAGE sql STABLE SECURITY DEFINER SET search_path = '' AS $$
         SELECT s.user_id, NULL::text FROM public.sessions s
-        WHERE s.token = session_token AND s.expires_at > pg_catalog.now()
+        WHERE s.token = find_credential.session_token AND s.expires_at > pg_catalog.now()
         UNION ALL
         SELECT NULL::text, k.public_key FROM public.jwks k
-        WHERE k.id = key_id
+        WHERE k.id = find_credential.key_id
             AND (k.expires_at IS NULL OR k.expires_at > pg_catalog.now() - interval '30 days')
     $$
 """

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -31,7 +32,7 @@ from todo_db.database import Database
 from todo_db.doctor import examine
 from todo_db.embedded import EmbeddedPostgres
 from todo_db.engine import parse_url
-from todo_db.errors import TodoDBError, translated
+from todo_db.errors import ConfigurationError, TodoDBError, translated
 from todo_db.records import Health
 from todo_db.settings import Settings
 
@@ -100,7 +101,7 @@ def demo() -> None:
 @app.command()
 def migrate(revision: Annotated[str, typer.Argument(help="How far.")] = "head") -> None:
     """Migrate the database, to the newest schema by default."""
-    with _told(), target(_messages) as url:
+    with _told(), target(_messages, direct=True) as url:
         asyncio.run(migrations.upgrade(url, revision))
         _messages.print("Migrated.", style="green")
 
@@ -120,7 +121,7 @@ def alembic(context: typer.Context) -> None:
     if not hasattr(options, "cmd"):
         line.parser.print_help()
         raise typer.Exit(2)
-    with _told(), target(_messages) as url:
+    with _told(), target(_messages, direct=True) as url:
         line.run_cmd(migrations.alembic_config(url), options)
 
 
@@ -140,7 +141,8 @@ def seed(
                 )
 
     with _told(), target(_messages) as url:
-        asyncio.run(migrations.upgrade(url))
+        with target(_messages, direct=True) as owners:
+            asyncio.run(migrations.upgrade(owners))
         created = asyncio.run(run(url))
         _out.print(f"{users} users and {tasks} tasks are there; {created} tasks are new.")
 
@@ -197,7 +199,7 @@ def url(
 ) -> None:
     """Print the URL of the database, as psql takes it."""
     with _told(), target(_messages) as found:
-        url = parse_url(found).url.set(drivername="postgresql")
+        url = parse_url(found).libpq_url()
         shown = url.render_as_string(hide_password=not show_password)
         _out.print(shown, soft_wrap=True, markup=False, highlight=False)
 
@@ -208,12 +210,17 @@ def url(
 def psql(context: typer.Context) -> None:
     r"""Run psql on the database, for example: todo-db psql -c '\d tasks'."""
     with _told(), target(_messages) as found:
-        parsed = parse_url(found).url.set(drivername="postgresql")
+        endpoint = parse_url(found)
+        parsed = endpoint.libpq_url()
+        # The wheel's own was built without TLS.
+        program = shutil.which("psql") if endpoint.demands_tls else EmbeddedPostgres.program("psql")
+        if program is None:
+            raise ConfigurationError("the database URL demands TLS: install PostgreSQL's own psql")
         # Arguments are for everybody to see; the environment is not.
         secret = {"PGPASSWORD": str(parsed.password)} if parsed.password else {}
         public = parsed._replace(password=None).render_as_string(hide_password=False)
         done = subprocess.run(  # noqa: S603  # the user's own command line
-            [EmbeddedPostgres.program("psql"), public, *context.args],
+            [program, public, *context.args],
             check=False,
             env=os.environ | secret,
         )

@@ -14,13 +14,18 @@ FOLDER: Final = Path(".todo-db")
 
 
 @contextmanager
-def target(messages: Console) -> Generator[str]:
+def target(messages: Console, *, direct: bool = False) -> Generator[str]:
     """Lend the URL of a running database.
 
     Without `DATABASE_URL` that is a PostgreSQL in `.todo-db/`, which runs as long as a command
     needs it.
+
+    Args:
+        messages: Where to say so.
+        direct: Whether a migration asks, which goes by `DIRECT_DATABASE_URL` if there is one.
     """
-    url = Settings().database_url
+    settings = Settings()
+    url = (settings.direct_database_url if direct else None) or settings.database_url
     if url is not None:
         yield url.get_secret_value()
         return

@@ -312,9 +312,9 @@ EXPECTED: Final[Catalogue] = {
             " RETURNS TABLE(user_id text, public_key text) LANGUAGE sql STABLE SECURITY DEFINER"
             " SET search_path TO '' AS $function$"
             " SELECT s.user_id, NULL::text FROM public.sessions s"
-            " WHERE s.token = session_token AND s.expires_at > pg_catalog.now()"
+            " WHERE s.token = find_credential.session_token AND s.expires_at > pg_catalog.now()"
             " UNION ALL SELECT NULL::text, k.public_key FROM public.jwks k"
-            " WHERE k.id = key_id AND (k.expires_at IS NULL"
+            " WHERE k.id = find_credential.key_id AND (k.expires_at IS NULL"
             " OR k.expires_at > pg_catalog.now() - interval '30 days') $function$"
         ),
         (

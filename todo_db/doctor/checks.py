@@ -109,6 +109,18 @@ CHECKS: Final[dict[str, Check]] = {
             AND (pg_has_role(login.oid, r.oid, 'USAGE')
                 OR pg_has_role(login.oid, r.oid, CASE WHEN yes THEN 'SET' ELSE 'MEMBER' END))""",
     ),
+    "login-member": Check(
+        "the login is a member of it: injected SQL could step over to what it may do",
+        "REVOKE {} FROM the login",
+        f"""SELECT r.oid::regrole::text FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.roleid
+            JOIN pg_roles login ON login.oid = m.member
+        WHERE login.rolname = session_user AND r.rolname <> '{ROLE}'
+            AND NOT (login.rolsuper OR login.rolbypassrls OR r.rolsuper OR r.rolbypassrls)
+            AND NOT EXISTS (SELECT FROM relations WHERE relowner IN (login.oid, r.oid))
+            AND NOT (r.rolname = 'todo_auth' AND (pg_has_role(login.oid, r.oid, 'USAGE')
+                OR pg_has_role(login.oid, r.oid,
+                    CASE WHEN (SELECT yes FROM modern) THEN 'SET' ELSE 'MEMBER' END)))""",  # noqa: S608  # a constant
+    ),
     "owner-blind": Check(
         "its owner neither bypasses nor escapes row-level security: backfills and dumps see no row",
         "ALTER TABLE {} OWNER TO a role with BYPASSRLS that nobody connects with to serve",
@@ -276,6 +288,12 @@ CHECKS: Final[dict[str, Check]] = {
         """SELECT name FROM relations r WHERE name IN ('public.users', 'public.tasks')
             AND NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = r.oid
                 AND tgname = format('update_%s_updated_at', relname) AND tgtype & 19 = 19)""",
+    ),
+    "trigger-silenced": Check(
+        "it is not origin: no trigger and no foreign key is kept, on any table",
+        "ALTER DATABASE … (or the ROLE) RESET {}",
+        """SELECT name FROM pg_settings
+        WHERE name = 'session_replication_role' AND setting <> 'origin'""",
     ),
     "trigger-disabled": Check(
         "a trigger of it is disabled: updated_at or the foreign key is not kept",

@@ -104,7 +104,7 @@ class Lease:
         """Ask the server for a sign of life: one round trip."""
         try:
             await self.driver.execute("SELECT 1", timeout=_PING_SECONDS)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, it did not answer
             _logger.info("an idle connection was gone: %s", type(error).__name__)
             return False
         return True
@@ -277,7 +277,11 @@ class Pool:
                     self._free.release()
                 self._keeping = False
                 idle, self._idle = self._idle, []
-                await asyncio.gather(*(lease.close() for lease in idle), *self._cutting)
+                try:
+                    await asyncio.gather(*(lease.close() for lease in idle), *self._cutting)
+                finally:
+                    for lease in idle:
+                        lease.terminate()
 
     async def _last_used(self) -> Lease | None:
         while self._idle:

@@ -25,6 +25,7 @@ _LONGEST_SECONDS: Final = 3600
 
 # libpq's names, from no wish for TLS to the full check.
 _SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+_OPTIONAL_TLS: Final = frozenset({"disable", "allow", "prefer"})
 # What other clients need and asyncpg does not: SCRAM channel binding, which it does not speak
 # (the certificate is verified instead), socket options of libpq's, and the pool of Prisma's.
 _IGNORED: Final = frozenset(
@@ -83,6 +84,19 @@ class Endpoint:
         """Whether Neon's pooler stands in front of it."""
         return self.is_neon and bool(_POOLER.match(self.url.host or ""))
 
+    @property
+    def demands_tls(self) -> bool:
+        """Whether a connection without TLS is refused."""
+        return self.ssl_mode not in _OPTIONAL_TLS
+
+    def libpq_url(self) -> URL:
+        """Return the URL that psql and others of libpq's take, with what it says of TLS."""
+        query = {"sslmode": self.ssl_mode, "sslrootcert": self.ssl_root or "system"}
+        url = self.url.set(drivername="postgresql")
+        if self.ssl_mode == "require" and self.ssl_root is None:
+            del query["sslrootcert"]
+        return url.update_query_dict(query) if self.demands_tls else url
+
     def direct(self) -> "Endpoint":
         """Return the same database without Neon's pooler: what migrations need."""
         if not self.is_pooled:
@@ -99,7 +113,7 @@ class Endpoint:
         return {"ssl": self._tls(), **self.options}
 
     def _tls(self) -> ssl.SSLContext | str:
-        if self.ssl_mode in {"disable", "allow", "prefer"}:
+        if not self.demands_tls:
             return self.ssl_mode
         try:
             # asyncpg would read the certificates of the system again for each connection.
@@ -176,7 +190,7 @@ def _ssl_mode(query: Mapping[str, str], *, is_neon: bool) -> str:
         raise ConfigurationError(f"sslmode of the database URL must be {', '.join(_SSL_MODES)}")
     if not is_neon:
         return mode
-    if mode in {"disable", "allow", "prefer"}:
+    if mode in _OPTIONAL_TLS:
         raise ConfigurationError("Neon needs TLS: sslmode of the database URL must be require")
     return "verify-full"
 
