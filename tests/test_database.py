@@ -336,6 +336,17 @@ class TestOpen:
         assert {type(failure) for failure in failures} == {UnavailableError}
         assert proxy.connections == 1
 
+    async def test_cancelled_one_can_be_opened_again(self, proxy: Proxy) -> None:
+        proxy.break_at(STARTUP, Fault.HANG)
+        database = Database.from_url(proxy.url)
+        opening = asyncio.create_task(database.open())
+        await until(lambda: not proxy.pending)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        async with database as db:
+            assert await db.tasks.count("alice") == 0
+
     async def test_closed_while_it_opens_is_closed(self, url: str, superuser: Connection) -> None:
         for turns in range(1, 30):
             database = Database.from_url(url)
