@@ -28,6 +28,10 @@ _COMMON: Final = """
     WITH role AS (SELECT * FROM pg_roles WHERE rolname = 'todo_app'),
     app AS (SELECT oid FROM role WHERE NOT rolsuper),
     modern AS (SELECT current_setting('server_version_num')::integer >= 160000 AS yes),
+    authenticating AS (SELECT session_user::text AS login FROM pg_roles r, pg_roles own, modern
+        WHERE r.rolname = 'todo_auth' AND own.rolname = session_user AND NOT own.rolsuper
+            AND (pg_has_role(own.oid, r.oid, 'USAGE')
+                OR pg_has_role(own.oid, r.oid, CASE WHEN yes THEN 'SET' ELSE 'MEMBER' END))),
     spaces AS (SELECT * FROM pg_namespace
         WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'),
     relations AS (
@@ -104,10 +108,7 @@ CHECKS: Final[dict[str, Check]] = {
     "login-auth": Check(
         "it is a member of todo_auth: injected SQL could read every user, session and password",
         "REVOKE todo_auth FROM {}; Better Auth connects as a login of its own",
-        """SELECT session_user::text FROM pg_roles r, pg_roles login, modern
-        WHERE r.rolname = 'todo_auth' AND login.rolname = session_user AND NOT login.rolsuper
-            AND (pg_has_role(login.oid, r.oid, 'USAGE')
-                OR pg_has_role(login.oid, r.oid, CASE WHEN yes THEN 'SET' ELSE 'MEMBER' END))""",
+        "SELECT login FROM authenticating",
     ),
     "login-member": Check(
         "the login is a member of it: injected SQL could step over to what it may do",
@@ -117,9 +118,7 @@ CHECKS: Final[dict[str, Check]] = {
         WHERE login.rolname = session_user AND r.rolname <> '{ROLE}'
             AND NOT (login.rolsuper OR login.rolbypassrls OR r.rolsuper OR r.rolbypassrls)
             AND NOT EXISTS (SELECT FROM relations WHERE relowner IN (login.oid, r.oid))
-            AND NOT (r.rolname = 'todo_auth' AND (pg_has_role(login.oid, r.oid, 'USAGE')
-                OR pg_has_role(login.oid, r.oid,
-                    CASE WHEN (SELECT yes FROM modern) THEN 'SET' ELSE 'MEMBER' END)))""",  # noqa: S608  # a constant
+            AND NOT (r.rolname = 'todo_auth' AND EXISTS (SELECT FROM authenticating))""",  # noqa: S608  # a constant
     ),
     "owner-blind": Check(
         "its owner neither bypasses nor escapes row-level security: backfills and dumps see no row",
