@@ -110,3 +110,11 @@ async def proxy(url: str) -> AsyncGenerator[Proxy]:
     """The server by way of a proxy that counts, cuts and hangs."""
     async with Proxy(url) as proxy:
         yield proxy
+
+
+@pytest_asyncio.fixture
+async def far(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
+    """alice's and bob's database by way of the proxy, on one connection."""
+    assert (await db.users.get("alice")).id == "alice"
+    async with Database.from_url(proxy.url, pool_size=1, max_overflow=0) as database:
+        yield database

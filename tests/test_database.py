@@ -1,7 +1,7 @@
 """Opens, runs, tries again, and says how it is."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from inspect import getmembers, isfunction
@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final, override
 
 import pytest
-import pytest_asyncio
 from cluster import Cluster
 from driver import Connection
 from locks import until_waiting
@@ -43,14 +42,6 @@ from todo_db.transaction import Context
 def login() -> str:
     """One is enough where nothing is said of the role."""
     return LOGIN
-
-
-@pytest_asyncio.fixture
-async def far(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
-    """alice's and bob's database by way of the proxy, on one connection."""
-    assert (await db.users.get("alice")).id == "alice"
-    async with Database.from_url(proxy.url, pool_size=1, max_overflow=0) as database:
-        yield database
 
 
 @pytest.fixture

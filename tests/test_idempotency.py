@@ -1,13 +1,12 @@
 """A call with an idempotency key is done once, however often it is made."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Final
 
 import keys
 import pytest
-import pytest_asyncio
 from attacks import Prey
 from driver import Connection
 from hypothesis import example, given, settings
@@ -57,14 +56,6 @@ both_logins = pytest.mark.parametrize("login", [LOGIN, OWNER])
 def login() -> str:
     """One is enough where nothing is said of the role."""
     return LOGIN
-
-
-@pytest_asyncio.fixture
-async def far(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
-    """alice's and bob's database by way of the proxy, on one connection."""
-    assert (await db.users.get("alice")).id == "alice"
-    async with Database.from_url(proxy.url, pool_size=1, max_overflow=0) as database:
-        yield database
 
 
 def listed(answer: Answer) -> list[TaskRecord]:
