@@ -17,7 +17,7 @@ import asyncpg
 from todo_db import Database, NewTask, Settings, TaskRecord
 from todo_db.embedded import LOGIN, EmbeddedPostgres
 from todo_db.migrations import upgrade
-from todo_db.transaction import Context
+from todo_db.transaction import TransactionPreamble
 
 ROUNDS = 15
 CALLS = 300
@@ -42,7 +42,7 @@ class Floor:
 
     def __init__(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
         self._free = [connection]
-        self._context = Context(Settings())
+        self._context = TransactionPreamble(Settings())
 
     async def run(self, sql: str, *arguments: object) -> list[TaskRecord]:
         """One transaction: take, BEGIN and context, statement, COMMIT, give back, records."""

@@ -31,13 +31,13 @@ from todo_db import (
     TaskRepository,
     TaskSort,
     Transaction,
-    TransactionDoomedError,
+    TransactionAbortedError,
     UserIdTakenError,
     UsernameTakenError,
     UserRecord,
     UserRepository,
 )
-from todo_db.transaction import Context
+from todo_db.transaction import TransactionPreamble
 
 SECRET: Final = "known to alice"  # noqa: S105  # a title
 TABLES: Final = ("users", "tasks", "idempotency_keys")
@@ -56,7 +56,7 @@ class Repositories(Protocol):
 
 
 @dataclass(frozen=True)
-class Prey:
+class Victim:
     """What mallory has learnt of alice's tasks."""
 
     tasks: list[TaskRecord]
@@ -76,7 +76,7 @@ class Attack:
     """
 
     method: str
-    run: Callable[[Repositories, str, Prey], Awaitable[object]]
+    run: Callable[[Repositories, str, Victim], Awaitable[object]]
     expected: object
 
 
@@ -87,12 +87,12 @@ async def _all(items: AsyncIterator[TaskRecord]) -> list[TaskRecord]:
 def _list(sort: TaskSort, completed: bool | None, search: str | None, *, after: bool) -> Attack:  # noqa: FBT001
     return Attack(
         "tasks.list",
-        lambda at, user_id, prey: at.tasks.list(
+        lambda at, user_id, victim: at.tasks.list(
             user_id,
             sort=sort,
             completed=completed,
             search=search,
-            cursor=prey.cursors[sort, completed, search] if after else None,
+            cursor=victim.cursors[sort, completed, search] if after else None,
         ),
         MALLORYS,
     )
@@ -103,12 +103,12 @@ async def _own(at: Repositories, user_id: str, created: TaskRecord) -> TaskRecor
     return await at.tasks.get(user_id, created.id)
 
 
-async def _create_as_alice_did(at: Repositories, user_id: str, prey: Prey) -> list[TaskRecord]:
-    created = await at.tasks.create_many(user_id, new_of(prey.tasks), idempotency_key=KEY)
+async def _create_as_alice_did(at: Repositories, user_id: str, victim: Victim) -> list[TaskRecord]:
+    created = await at.tasks.create_many(user_id, new_of(victim.tasks), idempotency_key=KEY)
     return [await _own(at, user_id, task) for task in created]
 
 
-async def _create_another(at: Repositories, user_id: str, _prey: Prey) -> TaskRecord:
+async def _create_another(at: Repositories, user_id: str, _victim: Victim) -> TaskRecord:
     return await _own(
         at, user_id, await at.tasks.create(user_id, "new", idempotency_key=f"{KEY} too")
     )
@@ -131,53 +131,57 @@ ATTACKS: Final = (
         for sort in TaskSort
     ),
     Attack(
-        "tasks.get", lambda at, user_id, prey: at.tasks.get(user_id, prey.ids[0]), TaskNotFoundError
+        "tasks.get",
+        lambda at, user_id, victim: at.tasks.get(user_id, victim.ids[0]),
+        TaskNotFoundError,
     ),
     Attack("tasks.count", lambda at, user_id, _: at.tasks.count(user_id), 2),
     Attack("tasks.count", lambda at, user_id, _: at.tasks.count(user_id, search=SECRET), 0),
     Attack("tasks.count", lambda at, user_id, _: at.tasks.count(user_id, completed=True), 1),
     Attack(
         "tasks.update",
-        lambda at, user_id, prey: at.tasks.update(user_id, prey.ids[0], title="taken"),
+        lambda at, user_id, victim: at.tasks.update(user_id, victim.ids[0], title="taken"),
         TaskNotFoundError,
     ),
     Attack(
         "tasks.update",
-        lambda at, user_id, prey: at.tasks.update(user_id, prey.ids[0]),
+        lambda at, user_id, victim: at.tasks.update(user_id, victim.ids[0]),
         TaskNotFoundError,
     ),
     Attack(
         "tasks.update",
-        lambda at, user_id, prey: at.tasks.update(
-            user_id, prey.ids[0], expected_updated_at=prey.tasks[0].updated_at, title="taken"
+        lambda at, user_id, victim: at.tasks.update(
+            user_id, victim.ids[0], expected_updated_at=victim.tasks[0].updated_at, title="taken"
         ),
         TaskNotFoundError,
     ),
     Attack(
         # Not stale: that would say that it is there.
         "tasks.update",
-        lambda at, user_id, prey: at.tasks.update(
-            user_id, prey.ids[1], expected_updated_at=prey.tasks[0].updated_at, title="taken"
+        lambda at, user_id, victim: at.tasks.update(
+            user_id, victim.ids[1], expected_updated_at=victim.tasks[0].updated_at, title="taken"
         ),
         TaskNotFoundError,
     ),
     Attack(
         "tasks.toggle",
-        lambda at, user_id, prey: at.tasks.toggle(user_id, prey.ids[0]),
+        lambda at, user_id, victim: at.tasks.toggle(user_id, victim.ids[0]),
         TaskNotFoundError,
     ),
     Attack(
         "tasks.update_many",
-        lambda at, user_id, prey: at.tasks.update_many(user_id, prey.ids, title="taken"),
+        lambda at, user_id, victim: at.tasks.update_many(user_id, victim.ids, title="taken"),
         0,
     ),
     Attack(
         "tasks.delete",
-        lambda at, user_id, prey: at.tasks.delete(user_id, prey.ids[0]),
+        lambda at, user_id, victim: at.tasks.delete(user_id, victim.ids[0]),
         TaskNotFoundError,
     ),
     Attack(
-        "tasks.delete_many", lambda at, user_id, prey: at.tasks.delete_many(user_id, prey.ids), 0
+        "tasks.delete_many",
+        lambda at, user_id, victim: at.tasks.delete_many(user_id, victim.ids),
+        0,
     ),
     Attack("tasks.delete_completed", lambda at, user_id, _: at.tasks.delete_completed(user_id), 1),
     Attack("tasks.create", lambda at, user_id, _: at.tasks.create(user_id, "new"), MALLORYS),
@@ -215,7 +219,7 @@ ATTACKS: Final = (
 )
 
 
-async def prey_for(db: Database) -> Prey:
+async def plant_victim(db: Database) -> Victim:
     """Give alice tasks, with mallory's own around them."""
     await db.users.update("alice", username="alice")
     await db.users.create("mallory", email="mallory@example.org", name="Mallory")
@@ -229,7 +233,7 @@ async def prey_for(db: Database) -> Prey:
         page = await db.tasks.list("alice", sort=sort, completed=completed, search=search, limit=1)
         assert page.next_cursor is not None
         cursors[sort, completed, search] = page.next_cursor
-    return Prey(await _all(db.tasks.iterate("alice")), cursors)
+    return Victim(await _all(db.tasks.iterate("alice")), cursors)
 
 
 async def rows_of(owner: Connection, user_id: str) -> list[object]:
@@ -260,20 +264,20 @@ def whose(result: object) -> object:
             return result
 
 
-async def attack(at: Repositories, prey: Prey, *, method: str = "") -> None:
+async def attack(at: Repositories, victim: Victim, *, method: str = "") -> None:
     """Let mallory try everything, or one method, on a database or in her transaction."""
     for tried in ATTACKS:
         if tried.method.startswith(method):
-            assert await _outcome(at, tried, prey) == tried.expected, tried.method
+            assert await _outcome(at, tried, victim) == tried.expected, tried.method
 
 
-async def _outcome(at: Repositories, tried: Attack, prey: Prey) -> object:
+async def _outcome(at: Repositories, tried: Attack, victim: Victim) -> object:
     try:
         if isinstance(at, Transaction):
             async with at.savepoint():
-                result = await tried.run(at, "mallory", prey)
+                result = await tried.run(at, "mallory", victim)
         else:
-            result = await tried.run(at, "mallory", prey)
+            result = await tried.run(at, "mallory", victim)
     except (ConflictError, NotFoundError) as error:
         return type(error)
     found = whose(result)
@@ -304,17 +308,17 @@ async def refusal(tx: Transaction, sql: str) -> str:
 
 def begin(user_id: str) -> str:
     """Return what the package itself sends first, for a connection outside its pool."""
-    return Context(Settings()).begin(user_id, read_only=False)
+    return TransactionPreamble(Settings()).begin(user_id, read_only=False)
 
 
 @asynccontextmanager
-async def lent(db: Database) -> AsyncGenerator[Connection]:
+async def pooled_connection(db: Database) -> AsyncGenerator[Connection]:
     """Borrow a connection from the pool, as the next unit would find it."""
-    lease = await db._pool.acquire()
+    connection = await db._pool.acquire()
     try:
-        yield lease.driver
+        yield connection.driver
     finally:
-        await db._pool.release(lease)
+        await db._pool.release(connection)
 
 
 @asynccontextmanager
@@ -335,14 +339,14 @@ async def sent(driver: Connection) -> AsyncGenerator[list[str]]:
 
 
 async def repositories_do_not_cross(
-    db: Database, owner: Connection, prey: Prey, *, method: str = ""
+    db: Database, owner: Connection, victim: Victim, *, method: str = ""
 ) -> None:
     before = await rows_of(owner, "alice")
-    await attack(db, prey, method=method)
+    await attack(db, victim, method=method)
     assert await rows_of(owner, "alice") == before
 
 
-async def raw_sql_does_not_cross(db: Database, owner: Connection, _prey: Prey) -> None:
+async def raw_sql_does_not_cross(db: Database, owner: Connection, _victim: Victim) -> None:
     before = await rows_of(owner, "alice")
     async with db.transaction("mallory") as tx:
         assert await rows(tx, "SELECT user_id FROM tasks") == ["mallory", "mallory"]
@@ -355,13 +359,13 @@ async def raw_sql_does_not_cross(db: Database, owner: Connection, _prey: Prey) -
     assert await rows_of(owner, "alice") == before
 
 
-async def open_policy_is_fenced(db: Database, owner: Connection, prey: Prey) -> None:
+async def open_policy_is_fenced(db: Database, owner: Connection, victim: Victim) -> None:
     for table in TABLES:
         await owner.execute(f"CREATE POLICY open ON {table} USING (true) WITH CHECK (true)")
-    await raw_sql_does_not_cross(db, owner, prey)
+    await raw_sql_does_not_cross(db, owner, victim)
 
 
-async def granted_tables_are_fenced(_db: Database, owner: Connection, _prey: Prey) -> None:
+async def granted_tables_are_fenced(_db: Database, owner: Connection, _victim: Victim) -> None:
     """Every table the role may use, but the number of the migration, is under both policies."""
     found = await owner.fetch("""
         SELECT c.relname, c.relrowsecurity, c.relforcerowsecurity, (
@@ -382,9 +386,9 @@ async def granted_tables_are_fenced(_db: Database, owner: Connection, _prey: Pre
     ]
 
 
-async def id_cannot_be_chosen(db: Database, _owner: Connection, prey: Prey) -> None:
+async def id_cannot_be_chosen(db: Database, _owner: Connection, victim: Victim) -> None:
     async with db.transaction("mallory") as tx:
-        for task_id in (prey.ids[0], 999):
+        for task_id in (victim.ids[0], 999):
             insert = (
                 "INSERT INTO tasks (id, user_id, title) OVERRIDING SYSTEM VALUE "
                 f"VALUES ({task_id}, 'mallory', 'probe')"
@@ -392,7 +396,7 @@ async def id_cannot_be_chosen(db: Database, _owner: Connection, prey: Prey) -> N
             assert await refusal(tx, insert) == "42501"
 
 
-async def owner_cannot_be_changed(db: Database, owner: Connection, _prey: Prey) -> None:
+async def owner_cannot_be_changed(db: Database, owner: Connection, _victim: Victim) -> None:
     before = await rows_of(owner, "alice")
     async with db.transaction("mallory") as tx:
         columns = (("tasks", "user_id"), ("users", "id"), ("idempotency_keys", "user_id"))
@@ -402,7 +406,7 @@ async def owner_cannot_be_changed(db: Database, owner: Connection, _prey: Prey) 
     assert await rows_of(owner, "alice") == before
 
 
-async def keys_cannot_be_planted(db: Database, owner: Connection, _prey: Prey) -> None:
+async def keys_cannot_be_planted(db: Database, owner: Connection, _victim: Victim) -> None:
     """A key in alice's name would block hers; a refusal that depends on it would tell of it."""
     before = await rows_of(owner, "alice")
     async with db.transaction("mallory") as tx:
@@ -427,7 +431,7 @@ def key_for(user_id: str, key: str) -> str:
     )
 
 
-async def keys_cannot_be_taken_back(db: Database, owner: Connection, _prey: Prey) -> None:
+async def keys_cannot_be_taken_back(db: Database, owner: Connection, _victim: Victim) -> None:
     """Not even one's own: what was stored once could then be stored again."""
     before = await rows_of(owner, "mallory")
     async with db.transaction("mallory") as tx:
@@ -444,12 +448,12 @@ async def keys_cannot_be_taken_back(db: Database, owner: Connection, _prey: Prey
     assert await rows_of(owner, "mallory") == before
 
 
-async def other_user_is_refused(db: Database, _owner: Connection, prey: Prey) -> None:
+async def other_user_is_refused(db: Database, _owner: Connection, victim: Victim) -> None:
     async with db.transaction("mallory") as tx:
         async with sent(tx._driver) as queries:
             for tried in ATTACKS:
                 with pytest.raises(IsolationError):
-                    await tried.run(tx, "alice", prey)
+                    await tried.run(tx, "alice", victim)
         assert queries == []
 
 
@@ -458,13 +462,13 @@ async def _break_off(tx: Transaction) -> None:
     raise ZeroDivisionError
 
 
-async def nothing_stays_on_a_connection(db: Database, _owner: Connection, _prey: Prey) -> None:
+async def nothing_stays_on_a_connection(db: Database, _owner: Connection, _victim: Victim) -> None:
     await db.tasks.list("alice")
     with pytest.raises(TaskNotFoundError):
         await db.tasks.get("alice", 999)
     with pytest.raises(ZeroDivisionError):
         await db.run("alice", _break_off)
-    async with lent(db) as driver:
+    async with pooled_connection(db) as driver:
         left = await driver.fetchrow("""
             SELECT nullif(current_setting('todo_db.user_id', true), '') AS user_id,
                 current_user = session_user AS itself,
@@ -478,7 +482,7 @@ async def nothing_stays_on_a_connection(db: Database, _owner: Connection, _prey:
     assert tuple(left) == (None, True, 0, 0, 0)
 
 
-async def nothing_runs_after_a_commit(db: Database, owner: Connection, _prey: Prey) -> None:
+async def nothing_runs_after_a_commit(db: Database, owner: Connection, _victim: Victim) -> None:
     before = await rows_of(owner, "alice")
     with pytest.raises(IsolationError):
         await db.run("alice", _end_early)
@@ -494,8 +498,8 @@ async def _end_early(tx: Transaction) -> None:
     raise IsolationError
 
 
-async def dirty_connection_is_not_lent(db: Database, _owner: Connection, _prey: Prey) -> None:
-    async with lent(db) as driver:
+async def dirty_connection_is_not_lent(db: Database, _owner: Connection, _victim: Victim) -> None:
+    async with pooled_connection(db) as driver:
         dirty = driver.get_server_pid()
     # It is in the pool by now.
     await driver.execute(begin("alice"))
@@ -504,8 +508,8 @@ async def dirty_connection_is_not_lent(db: Database, _owner: Connection, _prey: 
     assert driver.is_closed()
 
 
-async def dirty_connection_is_not_kept(db: Database, _owner: Connection, _prey: Prey) -> None:
-    async with lent(db) as driver:
+async def dirty_connection_is_not_kept(db: Database, _owner: Connection, _victim: Victim) -> None:
+    async with pooled_connection(db) as driver:
         await driver.execute(begin("alice"))
     assert driver.is_closed()
     assert await db.tasks.count("mallory") == 2
@@ -517,19 +521,19 @@ async def _fail_unseen(tx: Transaction) -> None:
         await tx._driver.execute("SELECT 1 / 0")
 
 
-async def answer_of_commit_is_read(db: Database, owner: Connection, _prey: Prey) -> None:
+async def answer_of_commit_is_read(db: Database, owner: Connection, _victim: Victim) -> None:
     before = await rows_of(owner, "alice")
-    with pytest.raises(TransactionDoomedError):
+    with pytest.raises(TransactionAbortedError):
         await db.run("alice", _fail_unseen)
     assert await rows_of(owner, "alice") == before
 
 
-async def cancelled_units_leave_nothing(db: Database, owner: Connection, _prey: Prey) -> None:
+async def cancelled_units_leave_nothing(db: Database, owner: Connection, _victim: Victim) -> None:
     """Cut units off all along their way: their connections are never lent again."""
     before = await rows_of(owner, "alice")
     uncut = await _turns(asyncio.create_task(db.tasks.create("alice", "uncut")))
     for step in range(_CUTS):
-        async with lent(db) as driver:
+        async with pooled_connection(db) as driver:
             pass
         cut = asyncio.create_task(db.tasks.create("alice", "cut off"))
         await _turns(cut, 1 + uncut * step // _CUTS)

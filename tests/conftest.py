@@ -113,7 +113,7 @@ async def proxy(url: str) -> AsyncGenerator[Proxy]:
 
 
 @pytest_asyncio.fixture
-async def far(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
+async def database_through_proxy(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
     """alice's and bob's database by way of the proxy, on one connection."""
     assert (await db.users.get("alice")).id == "alice"
     async with Database.from_url(proxy.url, pool_size=1, max_overflow=0) as database:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable
 from contextlib import asynccontextmanager
 from typing import Final
 
-from attacks import Prey
+from attacks import Victim
 from driver import Connection
 from locks import until_waiting
 from proxy import COMMIT, Fault, Proxy
@@ -52,7 +52,7 @@ async def claimed(owner: Connection, key: str) -> AsyncGenerator[None]:
         await until_waiting(owner)
 
 
-async def first_answer_is_kept(db: Database, owner: Connection, _prey: Prey) -> None:
+async def first_answer_is_kept(db: Database, owner: Connection, _victim: Victim) -> None:
     tasks, keys = await stored(owner)
     one = await db.tasks.create("alice", "x", description="y", completed=True, idempotency_key="1")
     many = await db.tasks.create_many("alice", ASKED, idempotency_key="2")
@@ -63,7 +63,7 @@ async def first_answer_is_kept(db: Database, owner: Connection, _prey: Prey) -> 
         assert await stored(owner) == (tasks + 4, keys + 2)
 
 
-async def other_arguments_are_refused(db: Database, owner: Connection, _prey: Prey) -> None:
+async def other_arguments_are_refused(db: Database, owner: Connection, _victim: Victim) -> None:
     first = await db.tasks.create("alice", "x", idempotency_key="1")
     before = await stored(owner)
     other = await outcome(db.tasks.create("alice", "y", idempotency_key="1"))
@@ -72,18 +72,20 @@ async def other_arguments_are_refused(db: Database, owner: Connection, _prey: Pr
     assert await outcome(db.tasks.create("alice", "x", idempotency_key="1")) == first
 
 
-async def lost_commit_is_resolved(db: Database, owner: Connection, _prey: Prey) -> None:
+async def lost_commit_is_resolved(db: Database, owner: Connection, _victim: Victim) -> None:
     url = db._settings.database_url
     assert url is not None
     async with (
         Proxy(url.get_secret_value()) as proxy,
-        Database.from_url(proxy.url, pool_size=1, max_overflow=0) as far,
+        Database.from_url(proxy.url, pool_size=1, max_overflow=0) as database_through_proxy,
     ):
         for number, fault in enumerate((Fault.CUT_BEFORE, Fault.CUT_AFTER)):
             tasks, keys = await stored(owner)
             key = f"lost {number}"
             proxy.break_at(COMMIT, fault)
-            created = await outcome(far.tasks.create_many("alice", ASKED, idempotency_key=key))
+            created = await outcome(
+                database_through_proxy.tasks.create_many("alice", ASKED, idempotency_key=key)
+            )
             assert not proxy.pending
             assert await stored(owner) == (tasks + 3, keys + 1)
             assert created == await db.tasks.create_many("alice", ASKED, idempotency_key=key)
@@ -91,7 +93,7 @@ async def lost_commit_is_resolved(db: Database, owner: Connection, _prey: Prey) 
             assert created == [await db.tasks.get("alice", task.id) for task in created]
 
 
-async def second_call_finds_the_first(db: Database, owner: Connection, _prey: Prey) -> None:
+async def second_call_finds_the_first(db: Database, owner: Connection, _victim: Victim) -> None:
     """Of two at once the second one waits, and is tried again when it lost."""
     tasks, keys = await stored(owner)
     call = outcome(db.tasks.create("alice", "x", idempotency_key="1"))
@@ -102,7 +104,7 @@ async def second_call_finds_the_first(db: Database, owner: Connection, _prey: Pr
 
 
 async def lost_race_leaves_a_transaction_usable(
-    db: Database, owner: Connection, _prey: Prey
+    db: Database, owner: Connection, _victim: Victim
 ) -> None:
     tasks, keys = await stored(owner)
     async with db.transaction("alice") as tx:

@@ -35,7 +35,7 @@ async def two(db: Database, url: str) -> AsyncGenerator[Database]:
 
 
 @pytest_asyncio.fixture
-async def far(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
+async def database_through_proxy(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
     """The same on one connection, by way of the proxy."""
     assert (await db.users.get("alice")).id == "alice"
     async with Database.from_url(
@@ -124,7 +124,7 @@ class Crowd:
 
 
 async def assert_nothing_left(database: Database, superuser: Connection) -> None:
-    """No connection is lent, in a transaction, or knows a user."""
+    """No connection is pooled_connection, in a transaction, or knows a user."""
     assert database._pool.status == PoolStatus(size=2, in_use=0, waiting=0)
     # A backend whose client cut the connection notices when its statement ends.
     async with asyncio.timeout(10):
@@ -133,17 +133,17 @@ async def assert_nothing_left(database: Database, superuser: Connection) -> None
             " AND pid <> pg_backend_pid() AND state <> 'idle'"
         ):
             await asyncio.sleep(0.01)
-    leases = [await database._pool.acquire(), await database._pool.acquire()]
-    for lease in leases:
-        assert not lease.driver.is_in_transaction()
-        left = await lease.driver.fetchrow(
+    connections = [await database._pool.acquire(), await database._pool.acquire()]
+    for connection in connections:
+        assert not connection.driver.is_in_transaction()
+        left = await connection.driver.fetchrow(
             "SELECT current_user AS role,"
             " coalesce(current_setting('todo_db.user_id', true), '') AS user_id"
         )
         assert left is not None
         assert (left["role"], left["user_id"]) == (LOGIN, "")
-    for lease in leases:
-        await database._pool.release(lease)
+    for connection in connections:
+        await database._pool.release(connection)
 
 
 class TestAtRandom:
@@ -189,10 +189,10 @@ class TestAt:
                 await task
 
     async def test_C1_C1b_each_step_of_a_unit(
-        self, far: Database, proxy: Proxy, owner: Connection
+        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
     ) -> None:
         async def unit(step: bytes) -> None:
-            async with far.transaction("alice") as tx:
+            async with database_through_proxy.transaction("alice") as tx:
                 await tx.tasks.create("alice", "held")
                 if step is ROLLBACK:
                     raise LookupError
@@ -201,8 +201,8 @@ class TestAt:
             proxy.break_at(step, Fault.HANG)
             task = asyncio.create_task(unit(step))
             await self.cancel_held(task, proxy, times)
-            assert far._pool.status.in_use == 0
-            assert await far.tasks.count("alice") == 0
+            assert database_through_proxy._pool.status.in_use == 0
+            assert await database_through_proxy.tasks.count("alice") == 0
             assert await owner.fetchval("SELECT count(*) FROM tasks") == 0
 
     async def test_C3_waiting_for_the_pool(self, two: Database, superuser: Connection) -> None:
@@ -228,16 +228,16 @@ class TestAt:
             assert await two.tasks.count("bob") == 0
         await assert_nothing_left(two, superuser)
 
-    async def test_C4_connecting(self, far: Database, proxy: Proxy) -> None:
+    async def test_C4_connecting(self, database_through_proxy: Database, proxy: Proxy) -> None:
         for times in (1, 2, 1, 2):
-            lease = await far._pool.acquire()
-            lease.terminate()
-            await far._pool.release(lease)
+            connection = await database_through_proxy._pool.acquire()
+            connection.terminate()
+            await database_through_proxy._pool.release(connection)
             proxy.break_at(STARTUP, Fault.HANG)
-            task = asyncio.create_task(far.tasks.count("alice"))
+            task = asyncio.create_task(database_through_proxy.tasks.count("alice"))
             await self.cancel_held(task, proxy, times)
-            assert far._pool.status.in_use == 0
-        assert await far.tasks.count("alice") == 0
+            assert database_through_proxy._pool.status.in_use == 0
+        assert await database_through_proxy.tasks.count("alice") == 0
 
     async def test_C1b_statement_is_stopped_on_the_server(
         self, two: Database, superuser: Connection

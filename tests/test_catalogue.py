@@ -27,7 +27,7 @@ async def superuser(todo_postgres: EmbeddedPostgres) -> AsyncGenerator[Connectio
     todo_postgres.drop_database(DATABASE)
 
 
-async def planted(connection: Connection, plant: str) -> Catalogue:
+async def with_weakness(connection: Connection, plant: str) -> Catalogue:
     """Return the catalogue after a script; undo the script."""
     transaction = connection.transaction()
     await transaction.start()
@@ -40,13 +40,13 @@ async def planted(connection: Connection, plant: str) -> Catalogue:
 
 async def changed_by(connection: Connection, plant: str) -> set[str]:
     """Return the sections of the catalogue that a script changes."""
-    found = await planted(connection, plant)
+    found = await with_weakness(connection, plant)
     return {section for section in found if found[section] != EXPECTED[section]}
 
 
 async def findings(connection: Connection, plant: str) -> set[tuple[str, str]]:
     """Return code and section of what the doctor finds after a script."""
-    found = differences(await planted(connection, plant))
+    found = differences(await with_weakness(connection, plant))
     return {(code, subject.partition(":")[0]) for code, subject in found}
 
 
@@ -243,7 +243,7 @@ class TestRead:
     async def test_does_not_take_a_table_of_another_schema_for_ours(
         self, superuser: Connection
     ) -> None:
-        found = await planted(
+        found = await with_weakness(
             superuser,
             """CREATE SCHEMA other; CREATE TABLE other.tasks (id bigint CHECK (id > 0));
             CREATE POLICY open ON other.tasks USING (true); GRANT ALL ON other.tasks TO PUBLIC""",
@@ -254,7 +254,7 @@ class TestRead:
             assert all("other.tasks" in line for line in more)
 
     async def test_tells_the_foreign_keys_triggers_apart(self, superuser: Connection) -> None:
-        found = await planted(
+        found = await with_weakness(
             superuser,
             """CREATE TABLE notes (user_id text REFERENCES users ON DELETE CASCADE);
             ALTER TABLE tasks DROP CONSTRAINT fk_tasks_user_id_users""",

@@ -48,7 +48,7 @@ class TestDemo:
         assert "All of it held" in result.output
 
     def test_is_disproved_when_a_defence_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        async def without_policies(at: demo.Stage) -> str:
+        async def without_policies(at: demo.DemoContext) -> str:
             for table in ("users", "tasks"):
                 for policy in ("own", "fence"):
                     await at.owner.exec_driver_sql(f"DROP POLICY {table}_{policy} ON {table}")

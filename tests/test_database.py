@@ -35,7 +35,7 @@ from todo_db import (
 from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
 from todo_db.migrations import upgrade
 from todo_db.models import REVISION
-from todo_db.transaction import Context
+from todo_db.transaction import TransactionPreamble
 
 
 @pytest.fixture
@@ -433,7 +433,7 @@ class TestHealth:
             assert health.problem is not None
 
     async def test_peer_that_never_answers_is_given_up_in_time(
-        self, far: Database, proxy: Proxy
+        self, database_through_proxy: Database, proxy: Proxy
     ) -> None:
         for pattern in (BEGIN, b"alembic_version", COMMIT):
             async with Database.from_url(
@@ -446,7 +446,7 @@ class TestHealth:
                 assert not proxy.pending
                 assert database._pool.status.in_use == 0
                 assert (await database.health()).ok
-        assert (await far.health()).ok
+        assert (await database_through_proxy.health()).ok
 
     async def test_lost_connection(self, proxy: Proxy) -> None:
         for pattern in (BEGIN, b"alembic_version"):
@@ -476,22 +476,24 @@ class TestHealth:
             assert (health.ok, health.problem) == (False, "CallTimeoutError")
             assert (await hasty.health()).ok
 
-    async def test_pool_that_is_exhausted(self, far: Database) -> None:
-        async with far.transaction("alice"):
+    async def test_pool_that_is_exhausted(self, database_through_proxy: Database) -> None:
+        async with database_through_proxy.transaction("alice"):
             async with asyncio.timeout(10):
-                health = await far.health(timeout_seconds=0.05)
+                health = await database_through_proxy.health(timeout_seconds=0.05)
         assert (health.ok, health.problem) == (False, "CallTimeoutError")
         assert (health.pool.in_use, health.pool.waiting) == (1, 0)
-        assert (await far.health()).ok
+        assert (await database_through_proxy.health()).ok
 
-    async def test_cancellation_is_raised(self, far: Database, proxy: Proxy) -> None:
+    async def test_cancellation_is_raised(
+        self, database_through_proxy: Database, proxy: Proxy
+    ) -> None:
         proxy.break_at(BEGIN, Fault.HANG)
-        asking = asyncio.create_task(far.health())
+        asking = asyncio.create_task(database_through_proxy.health())
         await until(lambda: not proxy.pending)
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        assert (await far.health()).ok
+        assert (await database_through_proxy.health()).ok
 
 
 class TestRetries:
@@ -628,9 +630,9 @@ class TestKilledConnections:
             tries += 1
             await tx.tasks.create("alice", f"try {tries}")
             if tries == 1:
-                pid = tx._lease.driver.get_server_pid()
+                pid = tx._connection.driver.get_server_pid()
                 await owner.execute("SELECT pg_terminate_backend($1)", pid)
-                await until(tx._lease.driver.is_closed)
+                await until(tx._connection.driver.is_closed)
 
         await db.run("alice", work)
         assert [task.title for task in (await db.tasks.list("alice")).items] == ["try 2"]
@@ -699,8 +701,8 @@ class TestSchemaChange:
 
     async def test_one_that_was_deallocated_is_prepared_again(self, db: Database) -> None:
         task = await db.tasks.create("alice", "Buy milk")
-        for lease in db._pool._idle:
-            await lease.driver.execute("DEALLOCATE ALL")
+        for connection in db._pool._idle:
+            await connection.driver.execute("DEALLOCATE ALL")
         assert (await db.tasks.create("alice", "Buy bread")).id > task.id
         assert await db.tasks.count("alice") == 2
 
@@ -740,68 +742,82 @@ class TestLostCommit:
 
     @pytest.mark.parametrize("fault", [Fault.CUT_BEFORE, Fault.CUT_AFTER])
     async def test_Z5_is_no_matter_where_the_call_can_be_run_again(
-        self, far: Database, proxy: Proxy, owner: Connection, fault: Fault
+        self, database_through_proxy: Database, proxy: Proxy, owner: Connection, fault: Fault
     ) -> None:
         for name, call in ANSWERS.items():
-            undisturbed = await call(far, *await self.start_again(owner))
+            undisturbed = await call(database_through_proxy, *await self.start_again(owner))
             once = await self.contents(owner)
             given = await self.start_again(owner)
             proxy.break_at(COMMIT, fault)
-            assert type(await call(far, *given)) is type(undisturbed), name
+            assert type(await call(database_through_proxy, *given)) is type(undisturbed), name
             assert not proxy.pending, name
             assert await self.contents(owner) == once, name
 
     @pytest.mark.parametrize("fault", [Fault.CUT_BEFORE, Fault.CUT_AFTER])
     async def test_Z5_is_raised_where_it_cannot_and_nothing_is_done_twice(
-        self, far: Database, proxy: Proxy, owner: Connection, fault: Fault
+        self, database_through_proxy: Database, proxy: Proxy, owner: Connection, fault: Fault
     ) -> None:
         for name, call in IS_UNKNOWN.items():
             given = await self.start_again(owner)
             before = await self.contents(owner)
-            await call(far, *given)
+            await call(database_through_proxy, *given)
             once = await self.contents(owner)
             assert once != before, name
             given = await self.start_again(owner)
             proxy.break_at(COMMIT, fault)
             with pytest.raises(OutcomeUnknownError):
-                await call(far, *given)
+                await call(database_through_proxy, *given)
             assert not proxy.pending, name
             expected = before if fault is Fault.CUT_BEFORE else once
             assert await self.contents(owner) == expected, name
 
-    async def test_ensure_of_a_new_user_is_run_again(self, far: Database, proxy: Proxy) -> None:
+    async def test_ensure_of_a_new_user_is_run_again(
+        self, database_through_proxy: Database, proxy: Proxy
+    ) -> None:
         for fault, user in ((Fault.CUT_BEFORE, "carol"), (Fault.CUT_AFTER, "dave")):
             proxy.break_at(COMMIT, fault)
-            ensured = await far.users.ensure(user, email=f"{user}@example.org", name="")
+            ensured = await database_through_proxy.users.ensure(
+                user, email=f"{user}@example.org", name=""
+            )
             assert not proxy.pending
-            assert await far.users.get(user) == ensured
+            assert await database_through_proxy.users.get(user) == ensured
 
     async def test_delete_of_what_never_was_is_still_not_found(
-        self, far: Database, proxy: Proxy
+        self, database_through_proxy: Database, proxy: Proxy
     ) -> None:
         proxy.break_at(BEGIN, Fault.CUT_AFTER)
         with pytest.raises(TaskNotFoundError):
-            await far.tasks.delete("alice", 999)
+            await database_through_proxy.tasks.delete("alice", 999)
         assert not proxy.pending
 
-    async def test_read_is_not_run_again(self, far: Database, proxy: Proxy) -> None:
-        await far.tasks.count("alice")
+    async def test_read_is_not_run_again(
+        self, database_through_proxy: Database, proxy: Proxy
+    ) -> None:
+        await database_through_proxy.tasks.count("alice")
         proxy.break_at(COMMIT, Fault.CUT_AFTER)
         begun = proxy.sent.count(BEGIN)
-        assert await far.tasks.count("alice") == 0
+        assert await database_through_proxy.tasks.count("alice") == 0
         assert proxy.sent.count(BEGIN) == begun + 1
 
     async def test_stays_unknown_when_the_tries_that_follow_fail(
         self, db: Database, proxy: Proxy, owner: Connection
     ) -> None:
         task = await db.tasks.create("alice", "old")
-        async with Database.from_url(proxy.url, retry_attempts=3, connect_retry_seconds=0) as far:
+        async with Database.from_url(
+            proxy.url, retry_attempts=3, connect_retry_seconds=0
+        ) as database_through_proxy:
             calls: dict[str, Callable[[], Awaitable[object]]] = {
-                "update": lambda: far.tasks.update("alice", task.id, title="new"),
-                "delete": lambda: far.tasks.delete("alice", task.id),
-                "create with a key": lambda: far.tasks.create("alice", "x", idempotency_key="key"),
-                "users.update": lambda: far.users.update("alice", name="New"),
-                "ensure": lambda: far.users.ensure("carol", email="carol@example.org", name=""),
+                "update": lambda: database_through_proxy.tasks.update(
+                    "alice", task.id, title="new"
+                ),
+                "delete": lambda: database_through_proxy.tasks.delete("alice", task.id),
+                "create with a key": lambda: database_through_proxy.tasks.create(
+                    "alice", "x", idempotency_key="key"
+                ),
+                "users.update": lambda: database_through_proxy.users.update("alice", name="New"),
+                "ensure": lambda: database_through_proxy.users.ensure(
+                    "carol", email="carol@example.org", name=""
+                ),
             }
             for name, call in calls.items():
                 proxy.break_at(COMMIT, Fault.CUT_AFTER)
@@ -815,17 +831,21 @@ class TestLostCommit:
         self, db: Database, proxy: Proxy, owner: Connection, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         task = await db.tasks.create("alice", "old")
-        begin = Context.begin
+        begin = TransactionPreamble.begin
 
-        def refused(self: Context, user_id: str, *, read_only: bool) -> str:
+        def refused(self: TransactionPreamble, user_id: str, *, read_only: bool) -> str:
             return begin(self, user_id, read_only=read_only).replace("todo_app", "pg_monitor")
 
-        async with Database.from_url(proxy.url, pool_size=1, max_overflow=0) as far:
-            await far.tasks.count("alice")
+        async with Database.from_url(
+            proxy.url, pool_size=1, max_overflow=0
+        ) as database_through_proxy:
+            await database_through_proxy.tasks.count("alice")
             proxy.break_at(COMMIT, Fault.CUT_AFTER)
-            call = asyncio.create_task(far.tasks.update("alice", task.id, title="new"))
+            call = asyncio.create_task(
+                database_through_proxy.tasks.update("alice", task.id, title="new")
+            )
             await until(lambda: not proxy.pending)
-            monkeypatch.setattr(Context, "begin", refused)
+            monkeypatch.setattr(TransactionPreamble, "begin", refused)
             with pytest.raises(OutcomeUnknownError):
                 await call
         assert await owner.fetchval("SELECT title FROM tasks") == "new"
@@ -891,16 +911,16 @@ class TestRun:
         assert await db.tasks.count("alice") == 0
 
     async def test_own_statement_that_loses_its_connection_is_run_again(
-        self, far: Database, proxy: Proxy
+        self, database_through_proxy: Database, proxy: Proxy
     ) -> None:
         async def work(tx: Transaction) -> int:
             await tx.tasks.create("alice", "once")
             return int((await tx.execute(text("SELECT 42 AS slowly"))).scalar_one())
 
         proxy.break_at(b"slowly", Fault.CUT_AFTER)
-        assert await far.run("alice", work) == 42
+        assert await database_through_proxy.run("alice", work) == 42
         assert not proxy.pending
-        assert await far.tasks.count("alice") == 1
+        assert await database_through_proxy.tasks.count("alice") == 1
 
     async def test_own_statement_that_fails_is_sqlalchemys_error(self, db: Database) -> None:
         async def work(tx: Transaction) -> None:
@@ -916,7 +936,7 @@ class TestRun:
 
     @pytest.mark.parametrize("fault", [Fault.CUT_BEFORE, Fault.CUT_AFTER])
     async def test_Z5_lost_commit_is_unknown_and_not_run_again(
-        self, far: Database, proxy: Proxy, fault: Fault
+        self, database_through_proxy: Database, proxy: Proxy, fault: Fault
     ) -> None:
         tries = 0
 
@@ -927,14 +947,16 @@ class TestRun:
 
         proxy.break_at(COMMIT, fault)
         with pytest.raises(OutcomeUnknownError):
-            await far.run("alice", work)
+            await database_through_proxy.run("alice", work)
         assert tries == 1
-        assert await far.tasks.count("alice") == (fault is Fault.CUT_AFTER)
+        assert await database_through_proxy.tasks.count("alice") == (fault is Fault.CUT_AFTER)
 
-    async def test_M1_read_only_one_is_never_unknown(self, far: Database, proxy: Proxy) -> None:
+    async def test_M1_read_only_one_is_never_unknown(
+        self, database_through_proxy: Database, proxy: Proxy
+    ) -> None:
         async def work(tx: Transaction) -> int:
             return await tx.tasks.count("alice")
 
         proxy.break_at(COMMIT, Fault.CUT_AFTER)
-        assert await far.run("alice", work, read_only=True) == 0
+        assert await database_through_proxy.run("alice", work, read_only=True) == 0
         assert not proxy.pending

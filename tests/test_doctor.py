@@ -444,7 +444,7 @@ async def fetchval(place: Cluster, query: str) -> object:
 
 
 @asynccontextmanager
-async def planted(place: Cluster, plant: Plant) -> AsyncGenerator[None]:
+async def with_weakness(place: Cluster, plant: Plant) -> AsyncGenerator[None]:
     connection = await place.connect("postgres" if plant.undo else OWNER, DATABASE)
     await connection.execute(plant.sql)
     try:
@@ -466,7 +466,7 @@ class TestExamine:
             "CREATE ROLE dora LOGIN NOINHERIT IN ROLE todo_app",
             "DROP ROLE dora",
         )
-        async with planted(place, plant):
+        async with with_weakness(place, plant):
             assert await found(place, "dora") == set()
 
     @pytest.mark.parametrize("login", [OWNER, "postgres"])
@@ -492,7 +492,7 @@ class TestExamine:
         "plant", PLANTS, ids=lambda plant: f"{plant.code}: {' '.join(plant.sql.split())[-60:]}"
     )
     async def test_finds(self, place: Cluster, plant: Plant) -> None:
-        async with planted(place, plant):
+        async with with_weakness(place, plant):
             assert await found(place, plant.login) == {(plant.code, plant.subject)}
 
     @pytest.mark.parametrize(
@@ -543,14 +543,14 @@ class TestExamine:
     async def test_is_silent_about_what_is_harmless(
         self, place: Cluster, harmless: str, undo: str
     ) -> None:
-        async with planted(place, Plant("", "", harmless, undo)):
+        async with with_weakness(place, Plant("", "", harmless, undo)):
             assert await found(place) == set()
 
     async def test_says_all_of_several(self, place: Cluster) -> None:
         several = (
             "CREATE TABLE notes (); GRANT ALL ON notes TO PUBLIC; DROP POLICY tasks_own ON tasks"
         )
-        async with planted(place, Plant("", "", several)):
+        async with with_weakness(place, Plant("", "", several)):
             assert await found(place) == {
                 ("grant-table", "public.notes"),
                 ("policy-missing", "public.tasks"),
@@ -568,7 +568,7 @@ class TestExamine:
         self, place: Cluster, explanation: str, undo: str, finding: tuple[str, str]
     ) -> None:
         plant = Plant("", "", f"{explanation}; DROP INDEX idx_tasks_user_id", undo)
-        async with planted(place, plant):
+        async with with_weakness(place, plant):
             assert await found(place) == {finding}
 
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
@@ -585,7 +585,7 @@ class TestExamine:
             GRANT todo_auth TO {LOGIN}; DROP INDEX idx_tasks_user_id""",
             f"ALTER DATABASE {DATABASE} RESET ALL; REVOKE todo_auth FROM {LOGIN}",
         )
-        async with planted(place, plant):
+        async with with_weakness(place, plant):
             codes = {code for code, _ in await found(place, login, NEON)}
         assert codes == {
             "catalogue-missing",
@@ -643,7 +643,7 @@ class TestExamine:
 
     async def test_remedy_is_sql_with_the_name_in_it(self, place: Cluster) -> None:
         (plant,) = (plant for plant in PLANTS if plant.code == "rls-not-forced")
-        async with planted(place, plant):
+        async with with_weakness(place, plant):
             findings = (await report(place)).findings
         (finding,) = (f for f in findings if f.code == plant.code)
         assert finding.remedy == "ALTER TABLE public.users FORCE ROW LEVEL SECURITY"
@@ -731,7 +731,7 @@ class TestReport:
     async def test_says_how_far_the_migrations_went(
         self, place: Cluster, plant: str, revision: str | None
     ) -> None:
-        async with planted(place, Plant("", "", plant)):
+        async with with_weakness(place, Plant("", "", plant)):
             assert (await report(place)).revision == revision
 
     async def test_says_only_its_version_of_a_server_that_is_too_old(

@@ -25,7 +25,7 @@ from todo_db import (
     UnavailableError,
 )
 from todo_db.embedded import LOGIN, EmbeddedPostgres
-from todo_db.engine import Lease, Pool
+from todo_db.engine import Pool, PooledConnection
 from todo_db.engine.pool import _connect_failure
 from todo_db.records import PoolStatus
 
@@ -47,8 +47,8 @@ def settings(url: str, **values: object) -> Settings:
 async def pool(url: str) -> AsyncGenerator[Pool]:
     """Two connections, both warm."""
     pool = Pool(settings(url))
-    for lease in [await pool.acquire(), await pool.acquire()]:
-        await pool.release(lease)
+    for connection in [await pool.acquire(), await pool.acquire()]:
+        await pool.release(connection)
     yield pool
     await pool.close()
 
@@ -80,10 +80,10 @@ class TestOrder:
         async def work(task: int) -> None:
             for turn in range(8):
                 arrived.append((task, turn))
-                lease = await pool.acquire()
+                connection = await pool.acquire()
                 served.append((task, turn))
-                await lease.driver.execute("SELECT 1")
-                await pool.release(lease)
+                await connection.driver.execute("SELECT 1")
+                await pool.release(connection)
 
         async with asyncio.timeout(20):
             await asyncio.gather(*map(work, range(32)))
@@ -92,105 +92,105 @@ class TestOrder:
         assert sorted(task for task, _ in served[:32]) == list(range(32))
 
     async def test_one_who_gives_up_does_not_hold_the_others_up(self, pool: Pool) -> None:
-        leases = [await pool.acquire(), await pool.acquire()]
+        connections = [await pool.acquire(), await pool.acquire()]
         first, second = (asyncio.create_task(pool.acquire()) for _ in range(2))
         await asyncio.sleep(0)
         assert pool.status.waiting == 2
         first.cancel()
-        await pool.release(leases[0])
-        leases[0] = await second
+        await pool.release(connections[0])
+        connections[0] = await second
         with pytest.raises(asyncio.CancelledError):
             await first
         assert pool.status == PoolStatus(size=2, in_use=2, waiting=0)
-        for lease in leases:
-            await pool.release(lease)
+        for connection in connections:
+            await pool.release(connection)
 
 
 class TestExhaustion:
     async def test_raises_when_none_is_free_in_time_and_recovers(self, url: str) -> None:
         pool = Pool(settings(url, pool_size=1, pool_timeout_seconds=0.05))
-        lease = await pool.acquire()
+        connection = await pool.acquire()
         for _ in range(2):
             with pytest.raises(PoolExhaustedError) as caught:
                 await pool.acquire()
             assert caught.value.retry_after > 0
         assert pool.status == PoolStatus(size=1, in_use=1, waiting=0)
-        await pool.release(lease)
+        await pool.release(connection)
         await pool.release(await pool.acquire())
         await pool.close()
 
     async def test_overflow_is_lent_and_closed_afterwards(self, url: str) -> None:
         pool = Pool(settings(url, pool_size=1, max_overflow=1))
-        leases = [await pool.acquire(), await pool.acquire()]
+        connections = [await pool.acquire(), await pool.acquire()]
         assert pool.status == PoolStatus(size=2, in_use=2, waiting=0)
-        for lease in leases:
-            await pool.release(lease)
-        assert [lease.driver.is_closed() for lease in leases] == [False, True]
+        for connection in connections:
+            await pool.release(connection)
+        assert [connection.driver.is_closed() for connection in connections] == [False, True]
         await pool.close()
 
     async def test_status_counts_who_waits(self, pool: Pool) -> None:
         assert pool.status == PoolStatus(size=2, in_use=0, waiting=0)
-        leases = [await pool.acquire(), await pool.acquire()]
+        connections = [await pool.acquire(), await pool.acquire()]
         waiting = asyncio.create_task(pool.acquire())
         await asyncio.sleep(0)
         assert pool.status == PoolStatus(size=2, in_use=2, waiting=1)
-        await pool.release(leases.pop())
-        leases.append(await waiting)
+        await pool.release(connections.pop())
+        connections.append(await waiting)
         assert pool.status == PoolStatus(size=2, in_use=2, waiting=0)
-        for lease in leases:
-            await pool.release(lease)
+        for connection in connections:
+            await pool.release(connection)
 
 
 class TestGuards:
     """What should not be in the pool is put there behind its back."""
 
     @staticmethod
-    async def idle(pool: Pool) -> Lease:
-        """Return the lease of the connection that is lent next."""
-        lease = await pool.acquire()
-        await pool.release(lease)
-        return lease
+    async def idle(pool: Pool) -> PooledConnection:
+        """Return the connection of the connection that is lent next."""
+        connection = await pool.acquire()
+        await pool.release(connection)
+        return connection
 
     async def test_E7_connection_in_a_transaction_is_not_lent(self, pool: Pool) -> None:
         dirty = (await self.idle(pool)).driver
         await dirty.execute("BEGIN; SET LOCAL todo_db.user_id = 'alice'")
-        lease = await pool.acquire()
-        assert lease.driver is not dirty
+        connection = await pool.acquire()
+        assert connection.driver is not dirty
         assert dirty.is_closed()
-        assert not lease.driver.is_in_transaction()
-        await pool.release(lease)
+        assert not connection.driver.is_in_transaction()
+        await pool.release(connection)
 
     async def test_F01_closed_connection_is_not_lent(self, pool: Pool) -> None:
         closed = (await self.idle(pool)).driver
         closed.terminate()
-        lease = await pool.acquire()
-        assert await lease.driver.fetchval("SELECT 1") == 1
-        await pool.release(lease)
+        connection = await pool.acquire()
+        assert await connection.driver.fetchval("SELECT 1") == 1
+        await pool.release(connection)
 
     async def test_E7_connection_in_a_transaction_is_not_kept(self, pool: Pool) -> None:
-        lease = await pool.acquire()
-        await lease.driver.execute("BEGIN")
-        await pool.release(lease)
-        assert lease.driver.is_closed()
+        connection = await pool.acquire()
+        await connection.driver.execute("BEGIN")
+        await pool.release(connection)
+        assert connection.driver.is_closed()
         assert pool.status.in_use == 0
 
     async def test_old_connection_is_not_kept(
         self, pool: Pool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        lease = await pool.acquire()
+        connection = await pool.acquire()
         monkeypatch.setattr("todo_db.engine.pool._RECYCLE_SECONDS", 0)
-        await pool.release(lease)
-        assert lease.driver.is_closed()
+        await pool.release(connection)
+        assert connection.driver.is_closed()
 
     async def test_terminated_connection_is_replaced(self, pool: Pool) -> None:
         for _ in range(5):
-            lease = await pool.acquire()
-            lease.terminate()
-            await pool.release(lease)
-        leases = [await pool.acquire(), await pool.acquire()]
-        for lease in leases:
-            assert await lease.driver.fetchval("SELECT 1") == 1
-            await pool.release(lease)
+            connection = await pool.acquire()
+            connection.terminate()
+            await pool.release(connection)
+        connections = [await pool.acquire(), await pool.acquire()]
+        for connection in connections:
+            assert await connection.driver.fetchval("SELECT 1") == 1
+            await pool.release(connection)
 
 
 class TestConnecting:
@@ -346,8 +346,8 @@ class TestLongIdle:
     ) -> AsyncGenerator[tuple[Pool, Proxy]]:
         """Two connections that have been idle for long, by way of a proxy."""
         pool = Pool(settings(proxy.url))
-        for lease in [await pool.acquire(), await pool.acquire()]:
-            await pool.release(lease)
+        for connection in [await pool.acquire(), await pool.acquire()]:
+            await pool.release(connection)
         monkeypatch.setattr("todo_db.engine.pool._PING_AFTER_SECONDS", 0.0)
         monkeypatch.setattr("todo_db.engine.pool._PING_SECONDS", 0.2)
         yield pool, proxy
@@ -363,12 +363,12 @@ class TestLongIdle:
         assert proxy.connections == 2
 
     async def test_connection_in_use_is_not_asked(self, proxy: Proxy) -> None:
-        far = Pool(settings(proxy.url))
-        await far.release(await far.acquire())
+        database_through_proxy = Pool(settings(proxy.url))
+        await database_through_proxy.release(await database_through_proxy.acquire())
         before = proxy.round_trips
-        await far.release(await far.acquire())
+        await database_through_proxy.release(await database_through_proxy.acquire())
         assert proxy.round_trips == before
-        await far.close()
+        await database_through_proxy.close()
 
     async def test_A9_half_open_peer_is_replaced_and_so_are_the_others(
         self, rested: tuple[Pool, Proxy]
@@ -376,13 +376,13 @@ class TestLongIdle:
         pool, proxy = rested
         proxy.break_at(b"SELECT 1", Fault.HANG)
         async with asyncio.timeout(5):
-            lease = await pool.acquire()
+            connection = await pool.acquire()
         # The driver asks the server, over one more, to stop what takes so long.
         assert proxy.connections == 2 + 1 + 1
-        assert await lease.driver.fetchval("SELECT 2") == 2
+        assert await connection.driver.fetchval("SELECT 2") == 2
         other = await pool.acquire()
         assert proxy.connections == 2 + 1 + 2
-        for taken in (lease, other):
+        for taken in (connection, other):
             await pool.release(taken)
 
     async def test_cancelled_while_it_asks_gives_the_place_back(
@@ -396,8 +396,8 @@ class TestLongIdle:
         with pytest.raises(asyncio.CancelledError):
             await asking
         assert pool.status == PoolStatus(2, 0, 0)
-        for lease in [await pool.acquire(), await pool.acquire()]:
-            await pool.release(lease)
+        for connection in [await pool.acquire(), await pool.acquire()]:
+            await pool.release(connection)
 
 
 class TestRefusals:
@@ -481,16 +481,16 @@ class TestSecrets:
 
 class TestClose:
     async def test_leaves_no_connection_behind(self, pool: Pool) -> None:
-        leases = [await pool.acquire(), await pool.acquire()]
-        for lease in leases:
-            await pool.release(lease)
+        connections = [await pool.acquire(), await pool.acquire()]
+        for connection in connections:
+            await pool.release(connection)
         await pool.close()
-        assert all(lease.driver.is_closed() for lease in leases)
+        assert all(connection.driver.is_closed() for connection in connections)
 
     async def test_leaves_no_connection_behind_when_it_is_cancelled(self, pool: Pool) -> None:
-        leases = [await pool.acquire(), await pool.acquire()]
-        for lease in leases:
-            await pool.release(lease)
+        connections = [await pool.acquire(), await pool.acquire()]
+        for connection in connections:
+            await pool.release(connection)
         for turns in range(1, 6):
             closing = asyncio.create_task(pool.close())
             for _ in range(turns):
@@ -498,41 +498,41 @@ class TestClose:
             closing.cancel()
             await asyncio.gather(closing, return_exceptions=True)
         await pool.close()
-        assert all(lease.driver.is_closed() for lease in leases)
+        assert all(connection.driver.is_closed() for connection in connections)
 
     async def test_waits_for_what_is_lent(self, pool: Pool) -> None:
-        lease = await pool.acquire()
+        connection = await pool.acquire()
         closing = asyncio.create_task(pool.close())
-        assert await lease.driver.fetchval("SELECT 1") == 1
+        assert await connection.driver.fetchval("SELECT 1") == 1
         assert not closing.done()
-        await pool.release(lease)
+        await pool.release(connection)
         await closing
-        assert lease.driver.is_closed()
+        assert connection.driver.is_closed()
 
     async def test_what_comes_back_too_late_is_closed_then(self, url: str) -> None:
         pool = Pool(settings(url, pool_timeout_seconds=0.05))
-        lease = await pool.acquire()
+        connection = await pool.acquire()
         await pool.close()
-        assert await lease.driver.fetchval("SELECT 1") == 1
-        await pool.release(lease)
-        assert lease.driver.is_closed()
+        assert await connection.driver.fetchval("SELECT 1") == 1
+        await pool.release(connection)
+        assert connection.driver.is_closed()
 
     async def test_A9_peer_that_does_not_say_goodbye_is_left(self, proxy: Proxy) -> None:
         pool = Pool(settings(proxy.url))
-        leases = [await pool.acquire() for _ in range(2)]
-        for lease in leases:
-            await pool.release(lease)
+        connections = [await pool.acquire() for _ in range(2)]
+        for connection in connections:
+            await pool.release(connection)
         proxy.break_at(GOODBYE, Fault.HANG, times=2)
         async with asyncio.timeout(4):
             await pool.close()
-        assert all(lease.driver.is_closed() for lease in leases)
+        assert all(connection.driver.is_closed() for connection in connections)
 
     async def test_nothing_is_kept_afterwards(self, pool: Pool) -> None:
         await pool.close()
-        lease = await pool.acquire()
-        assert await lease.driver.fetchval("SELECT 1") == 1
-        await pool.release(lease)
-        assert lease.driver.is_closed()
+        connection = await pool.acquire()
+        assert await connection.driver.fetchval("SELECT 1") == 1
+        await pool.release(connection)
+        assert connection.driver.is_closed()
 
     async def test_twice_at_once_is_once(self, pool: Pool) -> None:
         await pool.release(await pool.acquire())

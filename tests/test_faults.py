@@ -245,7 +245,7 @@ class TestRestart:
             async with asyncio.timeout(BOUND), db.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 await restart(place.server, end)
-                await until(tx._lease.driver.is_closed)
+                await until(tx._connection.driver.is_closed)
         assert await place.titles() == []
         await assert_healthy(db)
 
@@ -387,9 +387,9 @@ class TestKilledBackend:
             async with db.transaction("alice", read_only=read_only) as tx:
                 found = await tx.tasks.count("alice")
                 await place.execute(
-                    f"SELECT pg_terminate_backend({tx._lease.driver.get_server_pid()})"
+                    f"SELECT pg_terminate_backend({tx._connection.driver.get_server_pid()})"
                 )
-                await until(tx._lease.driver.is_closed)
+                await until(tx._connection.driver.is_closed)
             return found
 
         assert await read(read_only=True) == 0
@@ -403,9 +403,9 @@ class TestKilledBackend:
             async with db.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 await place.execute(
-                    f"SELECT pg_terminate_backend({tx._lease.driver.get_server_pid()})"
+                    f"SELECT pg_terminate_backend({tx._connection.driver.get_server_pid()})"
                 )
-                await until(tx._lease.driver.is_closed)
+                await until(tx._connection.driver.is_closed)
                 raise LookupError
         assert await place.titles() == []
         await assert_healthy(db)
@@ -453,7 +453,7 @@ class TestServerTimeouts:
             with pytest.raises(UnavailableError):
                 async with hasty.transaction("alice") as tx:
                     await tx.tasks.create("alice", "lost")
-                    await until(tx._lease.driver.is_closed)
+                    await until(tx._connection.driver.is_closed)
                     await tx.tasks.create("alice", "lost too")
             await assert_healthy(hasty)
         assert await place.titles() == []
@@ -630,7 +630,7 @@ class TestHalfOpen:
     """The peer is there no more, and nobody says so."""
 
     @pytest_asyncio.fixture
-    async def far(self, db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
+    async def database_through_proxy(self, db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
         await assert_healthy(db)
         async with Database.from_url(
             proxy.url,
@@ -638,19 +638,19 @@ class TestHalfOpen:
             pool_size=1,
             max_overflow=0,
             command_timeout_seconds=0.5,
-        ) as far:
-            yield far
+        ) as database_through_proxy:
+            yield database_through_proxy
 
     async def test_A6_callers_own_timeout_ends_a_commit_without_an_answer(
-        self, far: Database, proxy: Proxy, place: Place
+        self, database_through_proxy: Database, proxy: Proxy, place: Place
     ) -> None:
         proxy.break_at(COMMIT, Fault.SWALLOW)
         async with asyncio.timeout(BOUND):
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.2):
-                    await far.tasks.create("alice", "stored")
+                    await database_through_proxy.tasks.create("alice", "stored")
         assert await place.titles() == ["stored"]
-        await assert_healthy(far)
+        await assert_healthy(database_through_proxy)
 
     @pytest.mark.parametrize(
         ("step", "fault", "error", "stored"),
@@ -667,7 +667,7 @@ class TestHalfOpen:
     )
     async def test_A7_A8_A9_command_timeout_ends_each_step(  # noqa: PLR0913, PLR0917
         self,
-        far: Database,
+        database_through_proxy: Database,
         proxy: Proxy,
         place: Place,
         step: bytes,
@@ -676,7 +676,7 @@ class TestHalfOpen:
         stored: list[str],
     ) -> None:
         async def unit() -> None:
-            async with far.transaction("alice") as tx:
+            async with database_through_proxy.transaction("alice") as tx:
                 await tx.tasks.create("alice", "held")
                 if step is ROLLBACK:
                     raise LookupError
@@ -688,33 +688,39 @@ class TestHalfOpen:
         assert not proxy.pending
         await place.until_backends(0, "state <> 'idle' AND pid <> pg_backend_pid()")
         assert await place.titles() == stored
-        await assert_healthy(far)
+        await assert_healthy(database_through_proxy)
 
     async def test_F02_A11_connection_that_rested_long_is_asked_first(
-        self, far: Database, proxy: Proxy, place: Place, monkeypatch: pytest.MonkeyPatch
+        self,
+        database_through_proxy: Database,
+        proxy: Proxy,
+        place: Place,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(pool, "_PING_AFTER_SECONDS", 0.0)
         monkeypatch.setattr(pool, "_PING_SECONDS", 0.3)
         for fault in (Fault.HANG, Fault.SWALLOW, Fault.CUT_BEFORE, Fault.CUT_AFTER):
             proxy.break_at(b"SELECT 1\x00", fault)
             async with asyncio.timeout(BOUND):
-                await far.tasks.create("alice", fault.name)
+                await database_through_proxy.tasks.create("alice", fault.name)
             assert not proxy.pending
         assert await place.titles() == ["HANG", "SWALLOW", "CUT_BEFORE", "CUT_AFTER"]
-        await assert_healthy(far)
+        await assert_healthy(database_through_proxy)
 
     async def test_A9_call_is_tried_again_on_another_connection(
         self, db: Database, proxy: Proxy, place: Place
     ) -> None:
         await assert_healthy(db)
-        async with Database.from_url(proxy.url, connect_timeout_seconds=0.3) as far:
+        async with Database.from_url(
+            proxy.url, connect_timeout_seconds=0.3
+        ) as database_through_proxy:
             proxy.break_at(b"application_name\x00todo_db", Fault.HANG)
-            for lease in far._pool._idle:
-                lease.terminate()
+            for connection in database_through_proxy._pool._idle:
+                connection.terminate()
             async with asyncio.timeout(BOUND):
-                await far.tasks.create("alice", "stored")
+                await database_through_proxy.tasks.create("alice", "stored")
             assert not proxy.pending
-            await assert_healthy(far)
+            await assert_healthy(database_through_proxy)
         assert await place.titles() == ["stored"]
 
 
@@ -1004,7 +1010,7 @@ class TestPgBouncer:
         with pytest.raises(UnavailableError):
             async with db.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
-                await until(tx._lease.driver.is_closed)
+                await until(tx._connection.driver.is_closed)
         assert await place.titles() == []
         await assert_healthy(db)
 

@@ -103,16 +103,16 @@ class Person:
         self.complaints: list[str] = []
 
     async def __aenter__(self) -> Self:
-        self._context = await self._browser.new_context(viewport={"width": 760, "height": 710})
+        self._preamble = await self._browser.new_context(viewport={"width": 760, "height": 710})
         await self.open()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._context.close()
+        await self._preamble.close()
 
     async def open(self) -> None:
         """Open the page, in a window of its own."""
-        self.page = await self._context.new_page()
+        self.page = await self._preamble.new_page()
         self.page.set_default_timeout(10_000)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         # What a server refused is no fault of the page.

@@ -7,7 +7,7 @@ from typing import Final
 
 import keys
 import pytest
-from attacks import Prey
+from attacks import Victim
 from driver import Connection
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -37,7 +37,7 @@ type Answer = TaskRecord | list[TaskRecord]
 type Asked = tuple[str, list[NewTask]]
 type Keyed = Callable[[Database | Transaction, str], Awaitable[Answer]]
 
-PREY: Final = Prey([], {})
+PREY: Final = Victim([], {})
 PATIENCE: Final = 30
 
 # Both methods that take a key, as calls of alice's with that key.
@@ -282,12 +282,14 @@ class TestKey:
         first = await db.tasks.create(longest, "x", idempotency_key=longest[::-1])
         assert await db.tasks.create(longest, "x", idempotency_key=longest[::-1]) == first
 
-    async def test_that_is_unfit_costs_no_statement(self, far: Database, proxy: Proxy) -> None:
+    async def test_that_is_unfit_costs_no_statement(
+        self, database_through_proxy: Database, proxy: Proxy
+    ) -> None:
         async def refused() -> None:
             for unfit in ("", " \t", "\u200b", "k" * 256, "k\0", "\ud800", 1, True, b"key"):
                 for _, call in METHODS.values():
                     with pytest.raises(InvalidInputError) as caught:
-                        await call(far, unfit)  # type: ignore[arg-type]
+                        await call(database_through_proxy, unfit)  # type: ignore[arg-type]
                     assert caught.value.field == "idempotency_key"
 
         assert await proxy.turns(refused()) == 0
@@ -446,51 +448,58 @@ class TestLostConnection:
 
     @both
     async def test_Z5_wherever_it_is_lost_it_is_stored_once(
-        self, far: Database, proxy: Proxy, owner: Connection, number: int, call: Keyed
+        self,
+        database_through_proxy: Database,
+        proxy: Proxy,
+        owner: Connection,
+        number: int,
+        call: Keyed,
     ) -> None:
         for time, (pattern, fault) in enumerate(breaks()):
             key = f"key {time}"
             # In the values of the statement, whether or not it was prepared before.
             proxy.break_at(pattern or key.encode(), fault)
             async with asyncio.timeout(PATIENCE):
-                answer = await call(far, key)
+                answer = await call(database_through_proxy, key)
             assert not proxy.pending, (pattern, fault)
             assert await stored(owner) == (number * (time + 1), time + 1)
-            assert await call(far, key) == answer
+            assert await call(database_through_proxy, key) == answer
             for task in listed(answer):
-                assert await far.tasks.get("alice", task.id) == task
+                assert await database_through_proxy.tasks.get("alice", task.id) == task
 
     async def test_answer_of_the_server_may_be_lost_twice(
-        self, far: Database, proxy: Proxy, owner: Connection
+        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
     ) -> None:
         proxy.break_at(COMMIT, Fault.CUT_AFTER, times=2)
-        task = await far.tasks.create("alice", "x", idempotency_key="key")
+        task = await database_through_proxy.tasks.create("alice", "x", idempotency_key="key")
         assert not proxy.pending
-        assert await far.tasks.get("alice", task.id) == task
+        assert await database_through_proxy.tasks.get("alice", task.id) == task
         assert await stored(owner) == (1, 1)
 
     @both
     async def test_Z5_unknown_after_all_tries_is_resolved_by_the_next_call(
         self, db: Database, proxy: Proxy, owner: Connection, number: int, call: Keyed
     ) -> None:
-        async with Database.from_url(proxy.url, retry_attempts=2, connect_retry_seconds=0) as far:
+        async with Database.from_url(
+            proxy.url, retry_attempts=2, connect_retry_seconds=0
+        ) as database_through_proxy:
             for time, fault in enumerate((Fault.CUT_BEFORE, Fault.CUT_AFTER)):
                 key = f"key {time}"
                 proxy.break_at(COMMIT, fault)
                 proxy.break_at(STARTUP, Fault.CUT_BEFORE)
                 with pytest.raises(OutcomeUnknownError):
-                    await call(far, key)
+                    await call(database_through_proxy, key)
                 assert not proxy.pending
-                answer = await call(far, key)
+                answer = await call(database_through_proxy, key)
                 assert await call(db, key) == answer
                 assert await stored(owner) == (number * (time + 1), time + 1)
 
     async def test_another_call_stays_unknown_without_a_key(
-        self, far: Database, proxy: Proxy, owner: Connection
+        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
     ) -> None:
         proxy.break_at(COMMIT, Fault.CUT_AFTER)
         with pytest.raises(OutcomeUnknownError):
-            await far.tasks.create("alice", "x")
+            await database_through_proxy.tasks.create("alice", "x")
         assert await stored(owner) == (1, 0)
 
     @pytest.mark.parametrize("login", [OWNER])
@@ -512,13 +521,13 @@ class TestLostConnection:
         assert await stored(owner) == (1, 1)
 
     async def test_client_that_is_gone_before_its_commit_leaves_the_key_free(
-        self, far: Database, db: Database, proxy: Proxy, owner: Connection
+        self, database_through_proxy: Database, db: Database, proxy: Proxy, owner: Connection
     ) -> None:
         with pytest.raises(UnavailableError):
-            async with far.transaction("alice") as tx:
+            async with database_through_proxy.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost", idempotency_key="key")
                 await proxy.cut()
-                await until(tx._lease.driver.is_closed)
+                await until(tx._connection.driver.is_closed)
         async with asyncio.timeout(PATIENCE):
             task = await db.tasks.create("alice", "kept", idempotency_key="key")
         assert [found async for found in db.tasks.iterate("alice")] == [task]
@@ -674,7 +683,7 @@ class TestRun:
 
     @pytest.mark.parametrize("fault", [Fault.CUT_BEFORE, Fault.CUT_AFTER])
     async def test_Z5_unknown_one_may_be_run_again_by_the_caller(
-        self, far: Database, proxy: Proxy, owner: Connection, fault: Fault
+        self, database_through_proxy: Database, proxy: Proxy, owner: Connection, fault: Fault
     ) -> None:
         async def work(tx: Transaction) -> list[TaskRecord]:
             one = await tx.tasks.create("alice", "x", idempotency_key="1")
@@ -682,11 +691,13 @@ class TestRun:
 
         proxy.break_at(COMMIT, fault)
         with pytest.raises(OutcomeUnknownError):
-            await far.run("alice", work)
+            await database_through_proxy.run("alice", work)
         assert not proxy.pending
-        answer = await far.run("alice", work)
-        assert await far.run("alice", work) == answer
-        assert [await far.tasks.get("alice", task.id) for task in answer] == answer
+        answer = await database_through_proxy.run("alice", work)
+        assert await database_through_proxy.run("alice", work) == answer
+        assert [
+            await database_through_proxy.tasks.get("alice", task.id) for task in answer
+        ] == answer
         assert await stored(owner) == (4, 2)
 
     async def test_other_user_is_not_found(self, db: Database) -> None:

@@ -31,7 +31,7 @@ from todo_db import (
 )
 from todo_db.inputs import BATCH_MAX
 from todo_db.pagination import decode
-from todo_db.repositories import Call
+from todo_db.repositories import Operation
 
 # Ids are those of the catalogue of bad input in the reliability facts.
 NOT_TEXT: dict[str, object] = {
@@ -221,7 +221,7 @@ CHECKS: dict[str, Callable[[Any], object]] = {
     "search": inputs.search,
     "sort": inputs.sort,
     "cursor": partial(decode, sort=TaskSort.NEWEST, filters=(None, None)),
-    "expected_updated_at": partial(inputs.moment, "expected_updated_at"),
+    "expected_updated_at": partial(inputs.timestamp, "expected_updated_at"),
 }
 
 
@@ -354,8 +354,8 @@ class Recorder:
     def __init__(self) -> None:
         self.performed: list[tuple[str, object]] = []
 
-    async def perform[T](self, user_id: str, call: Call[T]) -> T:
-        self.performed.append((user_id, call))
+    async def perform[T](self, user_id: str, operation: Operation[T]) -> T:
+        self.performed.append((user_id, operation))
         raise ReachedError
 
 
@@ -450,7 +450,7 @@ class TestChecks:
 
     def test_a_moment_is_turned_to_utc(self) -> None:
         noon = datetime(2026, 1, 1, 12, tzinfo=timezone(timedelta(hours=9)))
-        moment = inputs.moment("expected_updated_at", noon)
+        moment = inputs.timestamp("expected_updated_at", noon)
         assert moment == noon
         assert moment.tzinfo is UTC
 

@@ -13,7 +13,19 @@ import asyncpg
 import attacks
 import pytest
 import pytest_asyncio
-from attacks import KEY, SECRET, TABLES, Prey, begin, count, key_for, lent, refusal, rows, sent
+from attacks import (
+    KEY,
+    SECRET,
+    TABLES,
+    Victim,
+    begin,
+    count,
+    key_for,
+    pooled_connection,
+    refusal,
+    rows,
+    sent,
+)
 from driver import Connection
 from shapes import SHAPES, without_owner
 from sqlalchemy import insert, text, update
@@ -31,7 +43,7 @@ from todo_db import (
 from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
 from todo_db.migrations import upgrade
 from todo_db.models import Task
-from todo_db.repositories import Call, Statement
+from todo_db.repositories import Operation, Statement
 
 # What a policy says, as the server writes it.
 _CONTEXT: Final = (
@@ -40,8 +52,8 @@ _CONTEXT: Final = (
 
 
 @pytest_asyncio.fixture
-async def prey(db: Database) -> Prey:
-    return await attacks.prey_for(db)
+async def victim(db: Database) -> Victim:
+    return await attacks.plant_victim(db)
 
 
 @asynccontextmanager
@@ -67,7 +79,7 @@ def roles() -> Generator[EmbeddedPostgres]:
 
 
 @asynccontextmanager
-async def planted(server: EmbeddedPostgres, *plant: str) -> AsyncGenerator[Connection]:
+async def with_weakness(server: EmbeddedPostgres, *plant: str) -> AsyncGenerator[Connection]:
     """Weaken the roles or the tables of a server, and mend them again."""
     async with connected(server.url(user="postgres")) as superuser:
         try:
@@ -134,7 +146,7 @@ class TestOpen:
         self, roles: EmbeddedPostgres, plant: tuple[str, ...]
     ) -> None:
         db = Database.from_url(roles.url(user=LOGIN))
-        async with planted(roles, *plant):
+        async with with_weakness(roles, *plant):
             with pytest.raises(IsolationError):
                 await db.open()
             with pytest.raises(IsolationError):
@@ -145,7 +157,7 @@ class TestOpen:
     async def test_A1_D11_owner_that_does_not_bypass_sees_nothing(
         self, roles: EmbeddedPostgres
     ) -> None:
-        async with planted(
+        async with with_weakness(
             roles,
             "CREATE ROLE planted",
             "ALTER TABLE users OWNER TO planted",
@@ -178,7 +190,7 @@ class TestRoles:
         url = todo_postgres.url(user=user, database=todo_database_name)
         async with Database.from_url(url) as db, connected(url) as connection:
             await db.users.create("alice", email="alice@example.org", name="Alice")
-            await attacks.prey_for(db)
+            await attacks.plant_victim(db)
             visible = await connection.fetchval("SELECT count(DISTINCT user_id) FROM tasks")
             assert visible == (0 if user == LOGIN else 2)
             async with db.transaction("mallory") as tx:
@@ -186,9 +198,9 @@ class TestRoles:
                 assert set(await rows(tx, "SELECT user_id FROM tasks")) == {"mallory"}
 
     async def test_A6_recommended_login_gains_nothing_by_dropping_the_role(
-        self, db: Database, prey: Prey, login: str
+        self, db: Database, victim: Victim, login: str
     ) -> None:
-        assert prey.tasks
+        assert victim.tasks
         async with db.transaction("mallory") as tx:
             with pytest.raises(TransactionError):
                 await tx.execute(text("RESET ROLE"))
@@ -240,9 +252,9 @@ class TestRoles:
         ]
 
     async def test_A8_temporary_table_does_not_shadow_the_real_one(
-        self, db: Database, owner: Connection, prey: Prey
+        self, db: Database, owner: Connection, victim: Victim
     ) -> None:
-        assert prey.tasks
+        assert victim.tasks
         name = await owner.fetchval("SELECT current_database()")
         await owner.execute(f"GRANT TEMPORARY ON DATABASE {name} TO todo_app")
         async with db.transaction("mallory") as tx:
@@ -251,7 +263,7 @@ class TestRoles:
             assert len(await rows(tx, "SELECT id FROM tasks")) == 2
 
     async def test_A9_every_granted_table_is_fenced(self, db: Database, owner: Connection) -> None:
-        await attacks.granted_tables_are_fenced(db, owner, Prey([], {}))
+        await attacks.granted_tables_are_fenced(db, owner, Victim([], {}))
 
     async def test_A10_switching_row_security_off_is_an_error(self, db: Database) -> None:
         async with db.transaction("alice") as tx:
@@ -265,14 +277,14 @@ class TestRoles:
 
 class TestPolicies:
     async def test_bind_sql_that_names_no_user(
-        self, db: Database, owner: Connection, prey: Prey
+        self, db: Database, owner: Connection, victim: Victim
     ) -> None:
-        await attacks.raw_sql_does_not_cross(db, owner, prey)
+        await attacks.raw_sql_does_not_cross(db, owner, victim)
 
     async def test_B1_permissive_policy_added_by_mistake_opens_nothing(
-        self, db: Database, owner: Connection, prey: Prey
+        self, db: Database, owner: Connection, victim: Victim
     ) -> None:
-        await attacks.open_policy_is_fenced(db, owner, prey)
+        await attacks.open_policy_is_fenced(db, owner, victim)
 
     async def test_B2_B8_say_this_and_no_more(self, owner: Connection) -> None:
         found = await owner.fetch("""
@@ -295,9 +307,9 @@ class TestPolicies:
         assert [row[0] for row in of_better_auth] == tables
 
     async def test_B3_E3_no_context_and_an_empty_one_are_nobody(
-        self, url: str, db: Database, owner: Connection, prey: Prey
+        self, url: str, db: Database, owner: Connection, victim: Victim
     ) -> None:
-        assert prey.tasks
+        assert victim.tasks
         # Rows of '' cannot be stored; here they are, to be found by an empty context.
         await owner.execute("""
             ALTER TABLE users DROP CONSTRAINT ck_users_id_length;
@@ -343,7 +355,7 @@ class TestPolicies:
         assert {row[0] for row in await owner.fetch(stable)} == {b"s"}
 
     async def test_B5_prepared_plan_does_not_remember_its_user(
-        self, url: str, owner: Connection, prey: Prey
+        self, url: str, owner: Connection, victim: Victim
     ) -> None:
         name = await owner.fetchval("SELECT current_database()")
         await owner.execute(f"ALTER DATABASE {name} SET plan_cache_mode = force_generic_plan")
@@ -362,12 +374,12 @@ class TestPolicies:
                 assert [task.user_id for task in page.items] == [user_id] * tasks
                 if user_id != "alice":
                     with pytest.raises(TaskNotFoundError):
-                        await db.tasks.get(user_id, prey.ids[0])
+                        await db.tasks.get(user_id, victim.ids[0])
 
     async def test_B6_row_for_another_user_is_refused(
-        self, db: Database, owner: Connection, prey: Prey
+        self, db: Database, owner: Connection, victim: Victim
     ) -> None:
-        await attacks.owner_cannot_be_changed(db, owner, prey)
+        await attacks.owner_cannot_be_changed(db, owner, victim)
         before = await attacks.rows_of(owner, "alice")
         forged = [
             Statement(lambda mine: insert(Task).values(user_id=text("'alice'"), title=mine)),
@@ -379,7 +391,7 @@ class TestPolicies:
         ]
         for statement in forged:
             with pytest.raises(IsolationError):
-                await db.perform("mallory", Call(statement, {}, lambda found: found))
+                await db.perform("mallory", Operation(statement, {}, lambda found: found))
         assert await attacks.rows_of(owner, "alice") == before
 
     async def test_B7_D10_setting_is_read_once_and_for_another_user_no_row(
@@ -423,9 +435,9 @@ class TestObjects:
         ]
 
     async def test_C5_copy_gives_own_rows_and_takes_none(
-        self, url: str, owner: Connection, prey: Prey
+        self, url: str, owner: Connection, victim: Victim
     ) -> None:
-        assert prey.tasks
+        assert victim.tasks
         before = await attacks.rows_of(owner, "alice")
         async with connected(url) as connection:
             copied = io.BytesIO()
@@ -447,9 +459,9 @@ class TestOracles:
                 assert await refusal(tx, f"UPDATE users SET {column} = DEFAULT") == "42501"
 
     async def test_D2_chosen_id_is_refused_whether_or_not_it_exists(
-        self, db: Database, owner: Connection, prey: Prey
+        self, db: Database, owner: Connection, victim: Victim
     ) -> None:
-        await attacks.id_cannot_be_chosen(db, owner, prey)
+        await attacks.id_cannot_be_chosen(db, owner, victim)
 
     async def test_D3_task_of_another_user_is_refused_whether_or_not_they_exist(
         self, db: Database
@@ -460,9 +472,9 @@ class TestOracles:
                 assert await refusal(tx, sql) == "42501"
 
     async def test_D1_D2_key_of_another_user_is_refused_whether_or_not_it_exists(
-        self, db: Database, owner: Connection, prey: Prey
+        self, db: Database, owner: Connection, victim: Victim
     ) -> None:
-        await attacks.keys_cannot_be_planted(db, owner, prey)
+        await attacks.keys_cannot_be_planted(db, owner, victim)
 
     async def test_D2_refusal_of_a_key_does_not_wait_for_a_call_under_way(
         self, db: Database
@@ -475,14 +487,14 @@ class TestOracles:
         assert await db.tasks.count("bob") == 1
 
     async def test_keys_cannot_be_taken_back(
-        self, db: Database, owner: Connection, prey: Prey
+        self, db: Database, owner: Connection, victim: Victim
     ) -> None:
-        await attacks.keys_cannot_be_taken_back(db, owner, prey)
+        await attacks.keys_cannot_be_taken_back(db, owner, victim)
 
     async def test_D3_key_that_was_given_foreign_ids_shows_no_task(
-        self, db: Database, owner: Connection, prey: Prey
+        self, db: Database, owner: Connection, victim: Victim
     ) -> None:
-        asked = attacks.new_of(prey.tasks)
+        asked = attacks.new_of(victim.tasks)
         await db.tasks.create_many("mallory", asked, idempotency_key="probe")
         fingerprint = await owner.fetchval(
             "SELECT fingerprint FROM idempotency_keys WHERE key = 'probe'"
@@ -491,7 +503,7 @@ class TestOracles:
             await rows(
                 tx,
                 "INSERT INTO idempotency_keys (user_id, key, fingerprint, task_ids) VALUES"
-                f" ('mallory', 'forged', '{fingerprint}', ARRAY{prey.ids}) RETURNING key",
+                f" ('mallory', 'forged', '{fingerprint}', ARRAY{victim.ids}) RETURNING key",
             )
         await owner.execute("UPDATE tasks SET title = 'private' WHERE user_id = 'alice'")
         forged = await db.tasks.create_many("mallory", asked, idempotency_key="forged")
@@ -526,14 +538,14 @@ class TestOracles:
         assert error.__context__ is None
 
     async def test_D5_foreign_and_missing_task_are_not_told_apart(
-        self, url: str, db: Database, prey: Prey
+        self, url: str, db: Database, victim: Victim
     ) -> None:
         missing = 10**6
         with pytest.raises(TaskNotFoundError):
             await db.tasks.get("alice", missing)
         async with Database.from_url(url, pool_size=1, max_overflow=0) as narrow:
             tasks = narrow.tasks
-            expected = prey.tasks[0].updated_at
+            expected = victim.tasks[0].updated_at
             calls: list[Callable[[int], Awaitable[object]]] = [
                 lambda task_id: tasks.get("mallory", task_id),
                 lambda task_id: tasks.toggle("mallory", task_id),
@@ -544,11 +556,11 @@ class TestOracles:
                     "mallory", task_id, title="taken", expected_updated_at=expected
                 ),
             ]
-            async with lent(narrow) as driver:
+            async with pooled_connection(narrow) as driver:
                 pass
             for call in calls:
                 answers = []
-                for task_id in (prey.ids[0], missing):
+                for task_id in (victim.ids[0], missing):
                     async with sent(driver) as queries:
                         with pytest.raises(TaskNotFoundError) as caught:
                             await call(task_id)
@@ -559,9 +571,9 @@ class TestOracles:
                 assert len(answers[0][3]) == 3
 
     async def test_D8_statistics_are_hidden(
-        self, db: Database, owner: Connection, prey: Prey
+        self, db: Database, owner: Connection, victim: Victim
     ) -> None:
-        assert prey.tasks
+        assert victim.tasks
         await owner.execute("ANALYZE users, tasks, idempotency_keys")
         statistics = f"SELECT count(*) FROM pg_stats WHERE tablename IN {TABLES}"
         assert await owner.fetchval(statistics) > 0
@@ -570,7 +582,7 @@ class TestOracles:
             assert await refusal(tx, "SELECT count(*) FROM pg_statistic") == "42501"
 
     async def test_D9_leaky_function_is_not_called_for_hidden_rows(
-        self, db: Database, owner: Connection, prey: Prey
+        self, db: Database, owner: Connection, victim: Victim
     ) -> None:
         # Cheaper than the policy, so that the planner would like to call it first.
         await owner.execute(f"""
@@ -584,14 +596,16 @@ class TestOracles:
             await owner.fetch("SELECT FROM tasks WHERE tell(title)")
         async with db.transaction("mallory") as tx:
             assert len(await rows(tx, "SELECT id FROM tasks WHERE tell(title)")) == 2
-            divided = f"SELECT id FROM tasks WHERE 1 / (id - {prey.ids[0]}) IS NOT NULL"
+            divided = f"SELECT id FROM tasks WHERE 1 / (id - {victim.ids[0]}) IS NOT NULL"
             assert len(await rows(tx, divided)) == 2
 
-    async def test_D11_write_that_reaches_no_row_says_so(self, db: Database, prey: Prey) -> None:
-        assert await db.tasks.update_many("mallory", prey.ids, completed=True) == 0
-        assert await db.tasks.delete_many("mallory", prey.ids) == 0
+    async def test_D11_write_that_reaches_no_row_says_so(
+        self, db: Database, victim: Victim
+    ) -> None:
+        assert await db.tasks.update_many("mallory", victim.ids, completed=True) == 0
+        assert await db.tasks.delete_many("mallory", victim.ids) == 0
         with pytest.raises(TaskNotFoundError):
-            await db.tasks.delete("mallory", prey.ids[0])
+            await db.tasks.delete("mallory", victim.ids[0])
 
     async def test_D12_activity_of_others_is_hidden(self, db: Database) -> None:
         activity = """
@@ -629,16 +643,16 @@ class TestPool:
     async def test_E1_E2_unit_leaves_nothing_on_its_connection(
         self, narrow: Database, owner: Connection
     ) -> None:
-        await attacks.nothing_stays_on_a_connection(narrow, owner, Prey([], {}))
+        await attacks.nothing_stays_on_a_connection(narrow, owner, Victim([], {}))
 
     async def test_E1_next_user_of_a_connection_sees_only_their_own(
         self, narrow: Database, owner: Connection
     ) -> None:
-        prey = await attacks.prey_for(narrow)
+        victim = await attacks.plant_victim(narrow)
         for user_id, tasks in (("alice", 4), ("mallory", 2), ("bob", 0), ("alice", 4)):
             async with narrow.transaction(user_id) as tx:
                 assert await rows(tx, "SELECT user_id FROM tasks") == [user_id] * tasks
-        await attacks.repositories_do_not_cross(narrow, owner, prey)
+        await attacks.repositories_do_not_cross(narrow, owner, victim)
 
     async def test_E1_session_setting_of_a_caller_is_overridden(self, narrow: Database) -> None:
         await narrow.tasks.create("alice", "hers")
@@ -673,12 +687,12 @@ class TestPool:
     async def test_E4_nothing_runs_after_a_commit_behind_its_back(
         self, narrow: Database, owner: Connection
     ) -> None:
-        await attacks.nothing_runs_after_a_commit(narrow, owner, Prey([], {}))
+        await attacks.nothing_runs_after_a_commit(narrow, owner, Victim([], {}))
 
     async def test_E5_rolling_back_to_a_savepoint_restores_the_user(
-        self, db: Database, prey: Prey
+        self, db: Database, victim: Victim
     ) -> None:
-        assert prey.tasks
+        assert victim.tasks
 
         async def become_alice(tx: Transaction) -> None:
             async with tx.savepoint():
@@ -694,7 +708,9 @@ class TestPool:
     async def test_E7_cancelled_unit_leaves_nothing_to_the_next_user(
         self, narrow: Database, owner: Connection
     ) -> None:
-        await attacks.cancelled_units_leave_nothing(narrow, owner, await attacks.prey_for(narrow))
+        await attacks.cancelled_units_leave_nothing(
+            narrow, owner, await attacks.plant_victim(narrow)
+        )
 
     async def test_E8_retry_runs_as_the_same_user(
         self, narrow: Database, owner: Connection, superuser: Connection
@@ -716,28 +732,28 @@ class TestPool:
         assert [tuple(row) for row in stored] == [("alice", "hers"), ("bob", "once")]
 
     async def test_answer_of_commit_is_read(self, narrow: Database, owner: Connection) -> None:
-        await attacks.answer_of_commit_is_read(narrow, owner, Prey([], {}))
+        await attacks.answer_of_commit_is_read(narrow, owner, Victim([], {}))
 
     async def test_dirty_connection_is_not_lent(self, narrow: Database, owner: Connection) -> None:
-        await attacks.dirty_connection_is_not_lent(narrow, owner, Prey([], {}))
+        await attacks.dirty_connection_is_not_lent(narrow, owner, Victim([], {}))
 
     async def test_dirty_connection_is_not_kept(self, narrow: Database, owner: Connection) -> None:
-        prey = await attacks.prey_for(narrow)
-        await attacks.dirty_connection_is_not_kept(narrow, owner, prey)
+        victim = await attacks.plant_victim(narrow)
+        await attacks.dirty_connection_is_not_kept(narrow, owner, victim)
 
 
 class TestUserId:
     async def test_E10_unfit_id_is_refused_before_any_sql(self, database: Database) -> None:
         await database.users.create("alice", email="alice@example.org", name="Alice")
-        prey = await attacks.prey_for(database)
+        victim = await attacks.plant_victim(database)
         unfit: list[Any] = ["", " ", None, b"alice", 1, "a\x00", "\ud800", "x" * 256, "\u200b"]
-        async with lent(database) as driver:
+        async with pooled_connection(database) as driver:
             pass
         async with sent(driver) as queries:
             for user_id in unfit:
                 for tried in attacks.ATTACKS:
                     with pytest.raises(InvalidInputError) as caught:
-                        await tried.run(database, user_id, prey)
+                        await tried.run(database, user_id, victim)
                     assert caught.value.field == "user_id"
                 with pytest.raises(InvalidInputError):
                     await database.transaction(user_id).__aenter__()
@@ -784,22 +800,22 @@ class TestRepositories:
     """Every public method, with mallory's own user id and what she knows of alice's tasks."""
 
     async def test_do_not_cross_on_a_database(
-        self, db: Database, owner: Connection, prey: Prey
+        self, db: Database, owner: Connection, victim: Victim
     ) -> None:
-        await attacks.repositories_do_not_cross(db, owner, prey)
+        await attacks.repositories_do_not_cross(db, owner, victim)
 
     async def test_do_not_cross_in_a_transaction(
-        self, db: Database, owner: Connection, prey: Prey
+        self, db: Database, owner: Connection, victim: Victim
     ) -> None:
         before = await attacks.rows_of(owner, "alice")
         async with db.transaction("mallory") as tx:
-            await attacks.attack(tx, prey)
+            await attacks.attack(tx, victim)
         assert await attacks.rows_of(owner, "alice") == before
 
     async def test_refuse_another_user_in_a_transaction(
-        self, db: Database, owner: Connection, prey: Prey
+        self, db: Database, owner: Connection, victim: Victim
     ) -> None:
-        await attacks.other_user_is_refused(db, owner, prey)
+        await attacks.other_user_is_refused(db, owner, victim)
 
     def test_are_attacked_in_every_public_method(self, database: Database) -> None:
         public = {
@@ -813,21 +829,21 @@ class TestRepositories:
 
 class TestEitherLineAlone:
     async def test_statements_hold_without_row_security(
-        self, db: Database, owner: Connection, prey: Prey
+        self, db: Database, owner: Connection, victim: Victim
     ) -> None:
         await attacks.disable_row_security(owner)
         async with db.transaction("mallory") as tx:
             assert "alice" in await rows(tx, "SELECT user_id FROM tasks")
             assert KEY in await rows(tx, "SELECT key FROM idempotency_keys")
-        await attacks.repositories_do_not_cross(db, owner, prey)
+        await attacks.repositories_do_not_cross(db, owner, victim)
 
     async def test_row_security_holds_without_predicates(
-        self, db: Database, owner: Connection, prey: Prey, monkeypatch: pytest.MonkeyPatch
+        self, db: Database, owner: Connection, victim: Victim, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for statement in SHAPES.values():
             if not statement.sql.startswith("INSERT"):
                 assert without_owner(statement.sql) != statement.sql
                 monkeypatch.setitem(statement.__dict__, "sql", without_owner(statement.sql))
-        await attacks.repositories_do_not_cross(db, owner, prey)
+        await attacks.repositories_do_not_cross(db, owner, victim)
         async with db.transaction("alice") as tx:
             assert await count(tx, "DELETE FROM tasks") == 4

@@ -13,7 +13,7 @@ import attacks
 import keys
 import pytest
 import pytest_asyncio
-from attacks import Prey
+from attacks import Victim
 from driver import Connection
 from shapes import SHAPES, without_owner
 
@@ -21,10 +21,10 @@ from todo_db import Database, Transaction, errors
 from todo_db.embedded import OWNER, EmbeddedPostgres
 from todo_db.engine import Pool
 from todo_db.repositories import Statement, tasks
-from todo_db.transaction import Context, Unit
+from todo_db.transaction import TransactionPreamble, TransactionScope
 
-type Check = Callable[[Database, Connection, Prey], Awaitable[None]]
-type Scene = tuple[Database, Connection, Prey]
+type Check = Callable[[Database, Connection, Victim], Awaitable[None]]
+type Scene = tuple[Database, Connection, Victim]
 
 pytestmark = pytest.mark.mutation
 
@@ -63,7 +63,7 @@ async def db(todo_postgres: EmbeddedPostgres, todo_database_name: str) -> AsyncG
 
 @pytest_asyncio.fixture
 async def scene(db: Database, owner: Connection) -> Scene:
-    return db, owner, await attacks.prey_for(db)
+    return db, owner, await attacks.plant_victim(db)
 
 
 async def fails(check: Check, scene: Scene) -> None:
@@ -172,15 +172,15 @@ class Mutation:
     ("mutation", "check"),
     [
         (
-            Mutation(Context, "begin", "SET LOCAL ROLE {ROLE};", ""),
+            Mutation(TransactionPreamble, "begin", "SET LOCAL ROLE {ROLE};", ""),
             attacks.raw_sql_does_not_cross,
         ),
         (
-            Mutation(Context, "begin", "user_id.encode()", "b''"),
+            Mutation(TransactionPreamble, "begin", "user_id.encode()", "b''"),
             attacks.raw_sql_does_not_cross,
         ),
         (
-            Mutation(Context, "begin", "'UTF8'), true)", "'UTF8'), false)"),
+            Mutation(TransactionPreamble, "begin", "'UTF8'), true)", "'UTF8'), false)"),
             attacks.nothing_stays_on_a_connection,
         ),
         (
@@ -196,7 +196,12 @@ class Mutation:
             attacks.answer_of_commit_is_read,
         ),
         (
-            Mutation(Unit, "begin", "BaseException:\n        lease.terminate()", "BaseException:"),
+            Mutation(
+                TransactionScope,
+                "begin",
+                "BaseException:\n        connection.terminate()",
+                "BaseException:",
+            ),
             attacks.cancelled_units_leave_nothing,
         ),
         (
@@ -204,11 +209,16 @@ class Mutation:
             attacks.cancelled_units_leave_nothing,
         ),
         (
-            Mutation(Pool, "release", "not lease.is_clean", "False"),
+            Mutation(Pool, "release", "not connection.is_reusable", "False"),
             attacks.dirty_connection_is_not_kept,
         ),
         (
-            Mutation(Pool, "_last_used", "not lease.is_clean or lease.is_old", "lease.is_old"),
+            Mutation(
+                Pool,
+                "_last_used",
+                "not connection.is_reusable or connection.is_expired",
+                "connection.is_expired",
+            ),
             attacks.dirty_connection_is_not_lent,
         ),
     ],
@@ -254,11 +264,11 @@ async def test_package_without(
             keys.other_arguments_are_refused,
         ),
         (
-            Mutation(tasks, "_keyed", "Repeat.SAME", "Repeat.NEVER"),
+            Mutation(tasks, "_keyed", "Retry.IDEMPOTENT", "Retry.UNSAFE"),
             keys.lost_commit_is_resolved,
         ),
         (
-            Mutation(tasks, "_keyed", "may_fail=True", "may_fail=False"),
+            Mutation(tasks, "_keyed", "needs_savepoint=True", "needs_savepoint=False"),
             keys.lost_race_leaves_a_transaction_usable,
         ),
     ],

@@ -21,16 +21,16 @@ from todo_db import (
     testing,
 )
 from todo_db.embedded import EmbeddedPostgres
-from todo_db.repositories import Call
+from todo_db.repositories import Operation
 
 DATABASE = "todo_plans"
 # heavy and dormant were the first users and stopped; zoe came last. Estimates depend on where an
 # id stands among the others: here before nearly all, and behind all of them.
-HEAVY, DORMANT, LATE, USUAL, NOBODY = "heavy", "dormant", "zoe", "user-500", "nobody"
-USERS = (HEAVY, DORMANT, LATE, USUAL, NOBODY)
+HEAVY, DORMANT, LATE, USUAL, NO_USER = "heavy", "dormant", "zoe", "user-500", "nobody"
+USERS = (HEAVY, DORMANT, LATE, USUAL, NO_USER)
 PAGE = 50
 # A page and the row behind it. Of a short list the planner may as well sort all of it.
-FEW_ROWS = {HEAVY: PAGE + 1, DORMANT: 200, LATE: 200, USUAL: 210, NOBODY: 0}
+FEW_ROWS = {HEAVY: PAGE + 1, DORMANT: 200, LATE: 200, USUAL: 210, NO_USER: 0}
 # The way down the index, what is skipped in it, and what other tests left dead.
 MORE_BUFFERS = 40
 
@@ -127,9 +127,9 @@ class Explainer:
     def plan(self) -> Plan:
         return self.plans[-1]
 
-    async def perform[T](self, user_id: str, call: Call[T]) -> T:
-        arguments = list(call.statement.arguments(user_id, call.values))
-        return call.result(await self.run(user_id, call.statement.sql, arguments))
+    async def perform[T](self, user_id: str, operation: Operation[T]) -> T:
+        arguments = list(operation.statement.arguments(user_id, operation.values))
+        return operation.map_rows(await self.run(user_id, operation.statement.sql, arguments))
 
     async def run(
         self, user_id: str, sql: str, arguments: Sequence[object]
@@ -226,7 +226,7 @@ class TestByUser:
     @pytest.mark.parametrize("user_id", USERS)
     async def test_uses_the_index_without_a_where(self, explainer: Explainer, user_id: str) -> None:
         rows = await explainer.run(user_id, "SELECT * FROM tasks", [])
-        assert {row["user_id"] for row in rows} == ({user_id} if user_id != NOBODY else set())
+        assert {row["user_id"] for row in rows} == ({user_id} if user_id != NO_USER else set())
         assert explainer.plan.indexes == {"idx_tasks_user_id"}
 
 
@@ -237,9 +237,9 @@ class TestList:
     ) -> None:
         for user_id in USERS:
             page = await explainer.tasks.list(user_id, sort=sort, limit=PAGE)
-            assert len(page.items) == (0 if user_id == NOBODY else PAGE)
+            assert len(page.items) == (0 if user_id == NO_USER else PAGE)
             assert_few(explainer.plan, user_id)
-            if user_id != NOBODY:
+            if user_id != NO_USER:
                 page = await deep(explainer, user_id, sort)
                 assert len(page.items) == PAGE
                 assert_few(explainer.plan, user_id)
@@ -248,7 +248,7 @@ class TestList:
     async def test_by_another_key_reads_ones_own_rows_and_no_more(
         self, explainer: Explainer, sort: TaskSort
     ) -> None:
-        for user_id, own in ((HEAVY, 10_000), (DORMANT, 200), (LATE, 200), (NOBODY, 0)):
+        for user_id, own in ((HEAVY, 10_000), (DORMANT, 200), (LATE, 200), (NO_USER, 0)):
             for page in (
                 await explainer.tasks.list(user_id, sort=sort, limit=PAGE),
                 *((await deep(explainer, user_id, sort),) if own else ()),
@@ -298,7 +298,7 @@ def assert_few(plan: Plan, user_id: str) -> None:
 class TestCount:
     async def test_reads_ones_own_rows_and_no_more(self, explainer: Explainer) -> None:
         for completed, search in ((None, None), (False, None), (None, "about"), (True, "about")):
-            for user_id, own in ((HEAVY, 10_000), (DORMANT, 200), (LATE, 200), (NOBODY, 0)):
+            for user_id, own in ((HEAVY, 10_000), (DORMANT, 200), (LATE, 200), (NO_USER, 0)):
                 await explainer.tasks.count(user_id, completed=completed, search=search)
                 assert explainer.plan.indexes == {"idx_tasks_user_id"}
                 assert explainer.plan.rows_read <= own
@@ -352,7 +352,7 @@ class TestBulk:
         assert_hundred_read_twice(explainer.plan)
 
     async def test_of_completed_tasks_reads_ones_own_rows_twice(self, explainer: Explainer) -> None:
-        for user_id, own in ((HEAVY, 10_000), (DORMANT, 200), (LATE, 200), (NOBODY, 0)):
+        for user_id, own in ((HEAVY, 10_000), (DORMANT, 200), (LATE, 200), (NO_USER, 0)):
             assert await explainer.tasks.delete_completed(user_id) == own / 4
             assert explainer.plan.indexes <= {"pk_tasks", "idx_tasks_user_id"}
             assert explainer.plan.rows_read <= 2 * own

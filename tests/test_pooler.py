@@ -236,24 +236,24 @@ ASLEEP: Final = "wait_event = 'PgSleep'"
 
 class TestRepositories:
     async def test_no_call_crosses_users(self, db: Database, owner: Connection) -> None:
-        prey = await attacks.prey_for(db)
-        await attacks.repositories_do_not_cross(db, owner, prey)
+        victim = await attacks.plant_victim(db)
+        await attacks.repositories_do_not_cross(db, owner, victim)
 
     async def test_no_call_of_a_transaction_crosses_users(
         self, db: Database, owner: Connection
     ) -> None:
-        prey = await attacks.prey_for(db)
+        victim = await attacks.plant_victim(db)
         before = await attacks.rows_of(owner, "alice")
         async with db.transaction("mallory") as tx:
-            await attacks.attack(tx, prey)
+            await attacks.attack(tx, victim)
         assert await attacks.rows_of(owner, "alice") == before
 
     async def test_raw_sql_does_not_cross(self, db: Database, owner: Connection) -> None:
-        await attacks.raw_sql_does_not_cross(db, owner, await attacks.prey_for(db))
+        await attacks.raw_sql_does_not_cross(db, owner, await attacks.plant_victim(db))
 
     @pytest.mark.parametrize("login", [LOGIN])
     async def test_cancelled_units_leave_nothing(self, db: Database, watcher: Watcher) -> None:
-        await attacks.prey_for(db)
+        await attacks.plant_victim(db)
         for step in range(60):
             unit = asyncio.create_task(db.tasks.create("alice", "cut off"))
             for _ in range(step % 30):

@@ -45,7 +45,7 @@ DESIGN = {
     "IsolationError",
     "SchemaError",
     "TransactionError",
-    "TransactionDoomedError",
+    "TransactionAbortedError",
     "ConcurrentUseError",
     "UnavailableError",
     "PoolExhaustedError",

@@ -46,7 +46,7 @@ from todo_db import (
     TaskSort,
     TodoDBError,
     Transaction,
-    TransactionDoomedError,
+    TransactionAbortedError,
     TransactionError,
     UnavailableError,
     UserChanges,
@@ -139,7 +139,7 @@ class Witness:
         return type(ended)
 
     def leaks(self) -> list[str]:
-        """Return what has the marker in it, of everything so far."""
+        """Return what has the marker in it, of everything so database_through_proxy."""
         printed = self._output.readouterr()
         heard = [
             *self.shown,
@@ -365,17 +365,17 @@ class TestSuccess:
     ) -> None:
         settings = Settings(database_url=url, direct_database_url=url, better_auth_secret=MARKER)
         pool = Pool(settings)
-        lease = await pool.acquire()
+        connection = await pool.acquire()
         async with db.transaction(ALICE) as tx:
             await tx.tasks.count(ALICE, search=MARKER)
             things = (
-                *(db, db.tasks, db.users, tx, tx.tasks, tx.users, db._context),
-                *(settings, pool, lease, parse_url(url), pool.status, await db.health()),
+                *(db, db.tasks, db.users, tx, tx.tasks, tx.users, db._preamble),
+                *(settings, pool, connection, parse_url(url), pool.status, await db.health()),
             )
             witness.shown += [f"{thing} {thing!r}" for thing in things]
             witness.shown += [f"{settings.model_dump()} {settings.model_dump_json()}"]
             witness.shown += [repr(vars(thing)) for thing in (db, db.tasks, db.users, pool)]
-        await pool.release(lease)
+        await pool.release(connection)
         await pool.close()
         assert witness.leaks() == []
 
@@ -475,7 +475,7 @@ class TestRefusals:
             async with db.transaction(ALICE) as tx:
                 await tx.tasks.create(BOB, MARKER)
 
-        async def doomed() -> None:
+        async def aborted() -> None:
             async with db.transaction(ALICE) as tx:
                 await witness.outcome(tx.users.create(ALICE, **user("alice")))
                 await tx.tasks.create(ALICE, MARKER)
@@ -498,12 +498,12 @@ class TestRefusals:
                 await tx.tasks.create(ALICE, MARKER)
 
         await witness.failure(IsolationError, foreign())
-        await witness.failure(TodoDBError, doomed())
+        await witness.failure(TodoDBError, aborted())
         await witness.failure(ConcurrentUseError, at_once())
         await witness.failure(TransactionError, ended())
         await witness.failure(TransactionError, of_another_kind())
         await witness.failure(TransactionError, read_only())
-        assert TransactionDoomedError in {type(error) for error in witness.errors}
+        assert TransactionAbortedError in {type(error) for error in witness.errors}
         assert witness.leaks() == []
 
     async def test_of_own_statements_hide_their_parameters(

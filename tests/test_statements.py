@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Executable, Select, bindparam, insert, sel
 from todo_db import NewTask, TaskRepository, TaskSort, UserRepository
 from todo_db.models import Task
 from todo_db.pagination import Position, encode
-from todo_db.repositories import Call, Statement
+from todo_db.repositories import Operation, Statement
 
 _OWNER_COLUMN: Final = {"tasks": "user_id", "users": "id", "idempotency_keys": "user_id"}
 _TABLE: Final = re.compile(r"\b(tasks|users|idempotency_keys)\b(?!\.)")
@@ -164,10 +164,10 @@ class _Recorder:
     """An executor that keeps the calls of a repository."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, Call[object]]] = []
+        self.calls: list[tuple[str, Operation[object]]] = []
 
-    async def perform[T](self, user_id: str, call: Call[T]) -> NoReturn:
-        self.calls.append((user_id, cast("Call[object]", call)))
+    async def perform[T](self, user_id: str, operation: Operation[T]) -> NoReturn:
+        self.calls.append((user_id, cast("Operation[object]", operation)))
         raise _SentError
 
 
@@ -236,8 +236,8 @@ def _methods(repository: type) -> set[str]:
     }
 
 
-async def _sent() -> list[tuple[str, Call[object]]]:
-    """Call every method in every shape, and return what each would have run."""
+async def _sent() -> list[tuple[str, Operation[object]]]:
+    """Operation every method in every shape, and return what each would have run."""
     recorder = _Recorder()
     for repository, calls in (
         (TaskRepository, _task_calls(TaskRepository(recorder))),
@@ -254,17 +254,17 @@ async def _sent() -> list[tuple[str, Call[object]]]:
 
 class TestRepositories:
     async def test_send_these_statements_and_no_others(self) -> None:
-        sent = {call.statement.sql for _, call in await _sent()}
+        sent = {operation.statement.sql for _, operation in await _sent()}
         assert sent == {statement.sql for statement in SHAPES.values()}
 
     async def test_give_every_parameter_its_value(self) -> None:
-        for user_id, call in await _sent():
+        for user_id, operation in await _sent():
             assert user_id == "alice"
-            assert {*call.values, "user_id"} == set(parameters(call.statement))
+            assert {*operation.values, "user_id"} == set(parameters(operation.statement))
 
     async def test_send_values_apart_from_the_text(self) -> None:
-        for _, call in await _sent():
-            assert _MARK not in call.statement.sql
+        for _, operation in await _sent():
+            assert _MARK not in operation.statement.sql
 
 
 class TestPostgreSQL:

@@ -24,7 +24,7 @@ from todo_db import (
     TaskRecord,
     TaskRepository,
     TaskSort,
-    TransactionDoomedError,
+    TransactionAbortedError,
     TransactionError,
     UserNotFoundError,
 )
@@ -845,10 +845,10 @@ class TestOnATransaction:
             async with db.transaction("mallory") as tx:
                 with pytest.raises(UserNotFoundError):
                     await tx.tasks.create("mallory", "x")
-                with pytest.raises(TransactionDoomedError):
+                with pytest.raises(TransactionAbortedError):
                     await tx.tasks.count("mallory")
 
-        with pytest.raises(TransactionDoomedError):
+        with pytest.raises(TransactionAbortedError):
             await go_on()
 
     async def test_refuses_every_call_for_another_user(

@@ -68,11 +68,11 @@ class Between:
         self.links: list[Link] = []
         self._server_port = port
         self._manner = manner
-        self._context = certificate.context() if certificate else None
+        self._preamble = certificate.context() if certificate else None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        context = self._context if self._manner == "speaks TLS" else None
+        context = self._preamble if self._manner == "speaks TLS" else None
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", ssl=context)
         self.port: int = self._server.sockets[0].getsockname()[1]
         return self
@@ -98,10 +98,10 @@ class Between:
                     await writer.drain()
                 return
             if self._manner == "upgrades":
-                assert self._context is not None
+                assert self._preamble is not None
                 assert await reader.readexactly(8) == ASKS_FOR_TLS
                 writer.write(b"S")
-                await writer.start_tls(self._context)
+                await writer.start_tls(self._preamble)
             if tls := writer.get_extra_info("ssl_object"):
                 link.protocol = tls.selected_alpn_protocol()
             answers, to_server = await asyncio.open_connection("127.0.0.1", self._server_port)

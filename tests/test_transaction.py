@@ -28,7 +28,7 @@ from todo_db import (
     SchemaError,
     TodoDBError,
     Transaction,
-    TransactionDoomedError,
+    TransactionAbortedError,
     TransactionError,
     UnavailableError,
 )
@@ -74,7 +74,7 @@ def login() -> str:
 
 
 @pytest_asyncio.fixture
-async def far(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
+async def database_through_proxy(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
     """alice's and bob's database by way of the proxy: one connection, every call tried once."""
     assert (await db.users.get("alice")).id == "alice"
     async with Database.from_url(
@@ -89,9 +89,9 @@ async def context(tx: Transaction) -> Row[Any]:
 
 async def context_left(db: Database) -> tuple[object, object]:
     """What the next one would find on the connection."""
-    lease = await db._pool.acquire()
-    found = await lease.driver.fetchrow(CONTEXT)
-    await db._pool.release(lease)
+    connection = await db._pool.acquire()
+    found = await connection.driver.fetchrow(CONTEXT)
+    await db._pool.release(connection)
     assert found is not None
     return found["role"], found["user_id"]
 
@@ -127,18 +127,20 @@ class TestContext:
                 found = await context(tx)
                 assert (found.user_id, found.read_only) == ("bob", "on")
 
-            lease = await db._pool.acquire()
-            after = await lease.driver.fetchrow(CONTEXT)
-            await db._pool.release(lease)
+            connection = await db._pool.acquire()
+            after = await connection.driver.fetchrow(CONTEXT)
+            await db._pool.release(connection)
             assert after is not None
             assert tuple(after) == (
                 *(login, "", '"$user", public', "off", "read committed"),
                 *("0", "0", "0"),
             )
 
-    async def test_begin_is_one_message(self, far: Database, proxy: Proxy) -> None:
+    async def test_begin_is_one_message(
+        self, database_through_proxy: Database, proxy: Proxy
+    ) -> None:
         before = len(proxy.sent)
-        async with far.transaction("alice"):
+        async with database_through_proxy.transaction("alice"):
             sent = bytes(proxy.sent[before:])
         # A simple query is its type, the length of all that follows, and text up to a NUL.
         assert sent[:1] == b"Q"
@@ -148,16 +150,18 @@ class TestContext:
         assert b"alice".hex().encode() in sent
 
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
-    async def test_E7_gone_after_an_error_too(self, far: Database, login: str) -> None:
+    async def test_E7_gone_after_an_error_too(
+        self, database_through_proxy: Database, login: str
+    ) -> None:
         with pytest.raises(LookupError):
-            async with far.transaction("alice"):
+            async with database_through_proxy.transaction("alice"):
                 raise LookupError
-        assert await context_left(far) == (login, "")
-        with pytest.raises(TransactionDoomedError):
-            async with far.transaction("alice") as tx:
+        assert await context_left(database_through_proxy) == (login, "")
+        with pytest.raises(TransactionAbortedError):
+            async with database_through_proxy.transaction("alice") as tx:
                 with suppress(DBAPIError):
                     await tx.execute(text("SELECT 1 / 0"))
-        assert await context_left(far) == (login, "")
+        assert await context_left(database_through_proxy) == (login, "")
 
     async def test_E10_hostile_user_ids_are_only_ids(
         self, database: Database, owner: Connection
@@ -174,27 +178,29 @@ class TestContext:
         assert {row["id"] for row in await owner.fetch("SELECT id FROM users")} == set(HOSTILE)
 
     async def test_E10_impossible_user_ids_are_refused_before_any_sql(
-        self, far: Database, proxy: Proxy
+        self, database_through_proxy: Database, proxy: Proxy
     ) -> None:
         before = proxy.round_trips
         impossible: list[Any] = ["", " ", "nul\x00", "\ud800", "x" * 256, None, 5]
         for user in impossible:
             with pytest.raises(InvalidInputError):
-                async with far.transaction(user):
+                async with database_through_proxy.transaction(user):
                     pytest.fail("it began")
         assert proxy.round_trips == before
 
 
 class TestBegin:
-    async def test_F05_lost_connection_is_replaced(self, far: Database, proxy: Proxy) -> None:
+    async def test_F05_lost_connection_is_replaced(
+        self, database_through_proxy: Database, proxy: Proxy
+    ) -> None:
         for fault in (Fault.CUT_BEFORE, Fault.CUT_AFTER):
             proxy.break_at(BEGIN, fault)
             with pytest.raises(UnavailableError) as caught:
-                async with far.transaction("alice"):
+                async with database_through_proxy.transaction("alice"):
                     pytest.fail("it began")
             assert caught.value.transient
-            assert far._pool.status.in_use == 0
-            assert (await far.users.get("alice")).id == "alice"
+            assert database_through_proxy._pool.status.in_use == 0
+            assert (await database_through_proxy.users.get("alice")).id == "alice"
 
     async def test_F05_is_tried_again(self, db: Database, proxy: Proxy) -> None:
         async with Database.from_url(proxy.url) as patient:
@@ -226,11 +232,11 @@ class TestBegin:
             owner = await cluster.create_database("todo")
             db = Database.from_url(owner, pool_size=1, max_overflow=0)
             for _ in range(2):
-                lease = await db._pool.acquire()
-                await db._pool.release(lease)
+                connection = await db._pool.acquire()
+                await db._pool.release(connection)
                 with pytest.raises(SchemaError):
                     await db.tasks.count("alice")
-                assert lease.driver.is_closed()
+                assert connection.driver.is_closed()
             await upgrade(owner)
             assert await db.tasks.count("alice") == 0
             await db.close()
@@ -248,9 +254,9 @@ class TestBegin:
 
 class TestUser:
     async def test_another_user_is_refused_before_any_sql(
-        self, far: Database, proxy: Proxy
+        self, database_through_proxy: Database, proxy: Proxy
     ) -> None:
-        async with far.transaction("alice") as tx:
+        async with database_through_proxy.transaction("alice") as tx:
             for call in (
                 tx.tasks.create("bob", "for bob"),
                 tx.tasks.get("bob", 1),
@@ -262,7 +268,7 @@ class TestUser:
                     await call
                 assert proxy.round_trips == before
             task = await tx.tasks.create("alice", "for alice")
-        assert (await far.tasks.get("alice", task.id)).title == "for alice"
+        assert (await database_through_proxy.tasks.get("alice", task.id)).title == "for alice"
 
 
 class TestEnd:
@@ -278,8 +284,10 @@ class TestEnd:
                 raise LookupError
         assert await titles(owner) == ["one", "two"]
 
-    async def test_nothing_works_after_it(self, far: Database, proxy: Proxy) -> None:
-        async with far.transaction("alice") as tx:
+    async def test_nothing_works_after_it(
+        self, database_through_proxy: Database, proxy: Proxy
+    ) -> None:
+        async with database_through_proxy.transaction("alice") as tx:
             pass
         before = proxy.round_trips
         for call in (
@@ -293,29 +301,31 @@ class TestEnd:
         assert proxy.round_trips == before
 
     async def test_Z1_swallowed_error_is_no_success(
-        self, far: Database, owner: Connection, proxy: Proxy
+        self, database_through_proxy: Database, owner: Connection, proxy: Proxy
     ) -> None:
-        with pytest.raises(TransactionDoomedError):
-            async with far.transaction("alice") as tx:
+        with pytest.raises(TransactionAbortedError):
+            async with database_through_proxy.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 await swallow_an_error(tx)
         assert await titles(owner) == []
         assert proxy.connections == 1
 
-    async def test_Z1_answer_of_the_commit_is_read(self, far: Database, owner: Connection) -> None:
-        with pytest.raises(TransactionDoomedError):
-            async with far.transaction("alice") as tx:
+    async def test_Z1_answer_of_the_commit_is_read(
+        self, database_through_proxy: Database, owner: Connection
+    ) -> None:
+        with pytest.raises(TransactionAbortedError):
+            async with database_through_proxy.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 with suppress(asyncpg.PostgresError):  # behind the transaction's back
-                    await tx._lease.driver.execute("SELECT 1 / 0")
+                    await tx._connection.driver.execute("SELECT 1 / 0")
         assert await titles(owner) == []
-        assert await far.tasks.count("alice") == 0
+        assert await database_through_proxy.tasks.count("alice") == 0
 
     async def test_Z1_no_statement_follows_a_swallowed_error(
-        self, far: Database, proxy: Proxy
+        self, database_through_proxy: Database, proxy: Proxy
     ) -> None:
         with pytest.raises(LookupError):
-            async with far.transaction("alice") as tx:
+            async with database_through_proxy.transaction("alice") as tx:
                 await swallow_an_error(tx)
                 before = proxy.round_trips
                 for call in (
@@ -323,13 +333,13 @@ class TestEnd:
                     tx.execute(select(Task.id)),
                     tx.savepoint().__aenter__(),
                 ):
-                    with pytest.raises(TransactionDoomedError):
+                    with pytest.raises(TransactionAbortedError):
                         await call
                 assert proxy.round_trips == before
                 raise LookupError
 
     async def test_F17b_verdict_on_the_commit_is_not_unknown(
-        self, far: Database, owner: Connection
+        self, database_through_proxy: Database, owner: Connection
     ) -> None:
         await owner.execute("""
             CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
@@ -338,53 +348,55 @@ class TestEnd:
                 DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()
         """)
         with pytest.raises(UnavailableError) as caught:
-            await far.tasks.create("alice", "refused")
+            await database_through_proxy.tasks.create("alice", "refused")
         assert caught.value.transient
         assert await titles(owner) == []
-        assert await far.tasks.count("alice") == 0
+        assert await database_through_proxy.tasks.count("alice") == 0
 
 
 class TestLostConnection:
     async def test_F06_before_the_commit_was_sent_nothing_is_applied(
-        self, far: Database, proxy: Proxy, owner: Connection
+        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
     ) -> None:
         with pytest.raises(UnavailableError) as caught:
-            async with far.transaction("alice") as tx:
+            async with database_through_proxy.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 await proxy.cut()
-                await until(tx._lease.driver.is_closed)
+                await until(tx._connection.driver.is_closed)
         assert caught.value.transient
         assert COMMIT not in proxy.sent[proxy.sent.rindex(BEGIN) :]
         assert await titles(owner) == []
-        assert await far.tasks.count("alice") == 0
+        assert await database_through_proxy.tasks.count("alice") == 0
 
-    async def test_F05_between_statements(self, far: Database, proxy: Proxy) -> None:
+    async def test_F05_between_statements(
+        self, database_through_proxy: Database, proxy: Proxy
+    ) -> None:
         with pytest.raises(UnavailableError) as caught:
-            async with far.transaction("alice") as tx:
+            async with database_through_proxy.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 await proxy.cut()
-                await until(tx._lease.driver.is_closed)
+                await until(tx._connection.driver.is_closed)
                 await tx.tasks.count("alice")
         assert caught.value.transient
-        assert await far.tasks.count("alice") == 0
+        assert await database_through_proxy.tasks.count("alice") == 0
 
     async def test_F03_during_a_statement(
-        self, far: Database, proxy: Proxy, owner: Connection
+        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
     ) -> None:
         proxy.break_at(b"slowly", Fault.CUT_AFTER)
         with pytest.raises(UnavailableError) as caught:
-            async with far.transaction("alice") as tx:
+            async with database_through_proxy.transaction("alice") as tx:
                 await tx.tasks.create("alice", "slowly")
         assert caught.value.transient
         assert await titles(owner) == []
-        assert await far.tasks.count("alice") == 0
+        assert await database_through_proxy.tasks.count("alice") == 0
 
     @pytest.mark.parametrize("login", [OWNER])
     async def test_F05_killed_by_an_administrator(self, db: Database, owner: Connection) -> None:
         with pytest.raises(UnavailableError) as caught:
             async with db.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
-                driver = tx._lease.driver
+                driver = tx._connection.driver
                 await owner.execute("SELECT pg_terminate_backend($1)", driver.get_server_pid())
                 await until(driver.is_closed)
         assert caught.value.transient
@@ -397,7 +409,7 @@ class TestLostConnection:
             with pytest.raises(UnavailableError):
                 async with hasty.transaction("alice") as tx:
                     await tx.tasks.create("alice", "lost")
-                    await until(tx._lease.driver.is_closed)
+                    await until(tx._connection.driver.is_closed)
             assert await hasty.tasks.count("alice") == 0
         assert await db.tasks.count("alice") == 0
         assert await titles(owner) == []
@@ -406,14 +418,19 @@ class TestLostConnection:
         ("fault", "stored"), [(Fault.CUT_BEFORE, []), (Fault.CUT_AFTER, ["maybe"])]
     )
     async def test_Z5_during_the_commit_is_unknown(
-        self, far: Database, proxy: Proxy, owner: Connection, fault: Fault, stored: list[str]
+        self,
+        database_through_proxy: Database,
+        proxy: Proxy,
+        owner: Connection,
+        fault: Fault,
+        stored: list[str],
     ) -> None:
         proxy.break_at(COMMIT, fault)
         with pytest.raises(OutcomeUnknownError):
-            async with far.transaction("alice") as tx:
+            async with database_through_proxy.transaction("alice") as tx:
                 await tx.tasks.create("alice", "maybe")
         assert await titles(owner) == stored
-        assert await far.tasks.count("alice") == len(stored)
+        assert await database_through_proxy.tasks.count("alice") == len(stored)
 
     async def test_A7_commit_without_an_answer_is_unknown(self, db: Database, proxy: Proxy) -> None:
         async with Database.from_url(
@@ -428,42 +445,42 @@ class TestLostConnection:
         assert await db.tasks.count("alice") == 1
 
     async def test_M1_at_the_end_of_a_read_only_one_is_swallowed_and_logged(
-        self, far: Database, proxy: Proxy, caplog: pytest.LogCaptureFixture
+        self, database_through_proxy: Database, proxy: Proxy, caplog: pytest.LogCaptureFixture
     ) -> None:
         for fault in (Fault.CUT_BEFORE, Fault.CUT_AFTER):
             caplog.clear()
             proxy.break_at(COMMIT, fault)
-            async with far.transaction("alice", read_only=True) as tx:
+            async with database_through_proxy.transaction("alice", read_only=True) as tx:
                 assert await tx.tasks.count("alice") == 0
             assert not proxy.pending
             assert [record.levelno for record in caplog.records if record.name == "todo_db"] == [
                 logging.WARNING
             ]
-            assert (await far.users.get("alice")).id == "alice"
+            assert (await database_through_proxy.users.get("alice")).id == "alice"
 
     async def test_during_the_rollback_does_not_hide_the_error(
-        self, far: Database, proxy: Proxy, owner: Connection
+        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
     ) -> None:
         for fault in (Fault.CUT_BEFORE, Fault.CUT_AFTER):
             proxy.break_at(ROLLBACK, fault)
             with pytest.raises(LookupError):
-                async with far.transaction("alice") as tx:
+                async with database_through_proxy.transaction("alice") as tx:
                     await tx.tasks.create("alice", "lost")
                     raise LookupError
         assert not proxy.pending
         assert await titles(owner) == []
-        assert await far.tasks.count("alice") == 0
+        assert await database_through_proxy.tasks.count("alice") == 0
 
 
 class TestBrokenConnection:
     async def test_savepoint_on_a_lost_connection_is_unavailable(
-        self, far: Database, proxy: Proxy
+        self, database_through_proxy: Database, proxy: Proxy
     ) -> None:
         proxy.break_at(b"SAVEPOINT", Fault.CUT_BEFORE)
         with pytest.raises(UnavailableError):
-            async with far.transaction("alice") as tx, tx.savepoint():
+            async with database_through_proxy.transaction("alice") as tx, tx.savepoint():
                 pytest.fail("the block must not run")
-        assert await far.tasks.count("alice") == 0
+        assert await database_through_proxy.tasks.count("alice") == 0
 
     def test_O2_begin_on_a_protocol_that_broke_down_is_unavailable(self) -> None:
         failure = _begin_failure(asyncpg.InternalClientError("cannot switch to state 15"))
@@ -471,9 +488,9 @@ class TestBrokenConnection:
         assert failure.transient
 
     async def test_O2_protocol_that_broke_down_is_unavailable(self, db: Database) -> None:
-        with pytest.raises(TransactionDoomedError):
+        with pytest.raises(TransactionAbortedError):
             async with db.transaction("alice") as tx:
-                tx._lease.terminate()
+                tx._connection.terminate()
                 failure = tx._failed(asyncpg.InternalClientError("cannot switch to state 15"))
         assert type(failure) is UnavailableError
         assert failure.transient
@@ -481,53 +498,55 @@ class TestBrokenConnection:
 
 class TestConcurrentUse:
     async def test_Z2_second_task_is_refused_before_any_sql_and_nothing_is_stored(
-        self, far: Database, proxy: Proxy, owner: Connection
+        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
     ) -> None:
-        with pytest.raises(TransactionDoomedError):
-            async with far.transaction("alice") as tx:
+        with pytest.raises(TransactionAbortedError):
+            async with database_through_proxy.transaction("alice") as tx:
                 first, second = await asyncio.gather(
                     tx.tasks.create("alice", "first"),
                     tx.tasks.create("alice", "second"),
                     return_exceptions=True,
                 )
                 assert isinstance(second, ConcurrentUseError), first
-                with pytest.raises(TransactionDoomedError):
+                with pytest.raises(TransactionAbortedError):
                     await tx.tasks.create("alice", "third")
         assert b"first" in proxy.sent
         assert b"second" not in proxy.sent
         assert b"third" not in proxy.sent
         assert await titles(owner) == []
-        assert await far.tasks.count("alice") == 0
+        assert await database_through_proxy.tasks.count("alice") == 0
 
     async def test_Z2_end_while_another_task_is_at_it(
-        self, far: Database, owner: Connection
+        self, database_through_proxy: Database, owner: Connection
     ) -> None:
         for _ in range(3):
-            with pytest.raises(TransactionDoomedError):
-                async with far.transaction("alice") as tx:
+            with pytest.raises(TransactionAbortedError):
+                async with database_through_proxy.transaction("alice") as tx:
                     other = asyncio.create_task(tx.tasks.create("alice", "stray"))
                     await asyncio.sleep(0)
             with pytest.raises(TodoDBError):
                 await other
             with pytest.raises(TransactionError):
                 await tx.tasks.count("alice")
-            assert far._pool.status.in_use == 0
-            assert await far.tasks.count("alice") == 0
+            assert database_through_proxy._pool.status.in_use == 0
+            assert await database_through_proxy.tasks.count("alice") == 0
         assert await titles(owner) == []
 
-    async def test_Z2_execute_and_savepoint_are_guarded_too(self, far: Database) -> None:
+    async def test_Z2_execute_and_savepoint_are_guarded_too(
+        self, database_through_proxy: Database
+    ) -> None:
         async def saved(tx: Transaction) -> None:
             async with tx.savepoint():
                 pass
 
         for second in (saved, context):
-            with pytest.raises(TransactionDoomedError):
-                async with far.transaction("alice") as tx:
+            with pytest.raises(TransactionAbortedError):
+                async with database_through_proxy.transaction("alice") as tx:
                     _, refused = await asyncio.gather(
                         tx.tasks.count("alice"), second(tx), return_exceptions=True
                     )
                     assert isinstance(refused, ConcurrentUseError)
-        assert await far.tasks.count("alice") == 0
+        assert await database_through_proxy.tasks.count("alice") == 0
 
     async def test_one_transaction_for_each_task_is_fine(self, db: Database) -> None:
         async def work(number: int) -> None:
@@ -547,7 +566,7 @@ class TestSiblings:
         async def boom() -> None:
             raise ZeroDivisionError
 
-        with pytest.raises(TransactionDoomedError):
+        with pytest.raises(TransactionAbortedError):
             async with db.transaction("alice") as tx:
                 with suppress(ZeroDivisionError):
                     async with tx.savepoint():
@@ -561,14 +580,14 @@ class TestSiblings:
             async with tx.savepoint():
                 await tx.execute(text("SELECT 1 / (SELECT 0 FROM pg_sleep(0.1))"))
 
-        with pytest.raises(TransactionDoomedError):
+        with pytest.raises(TransactionAbortedError):
             async with db.transaction("alice") as tx:
                 await tx.tasks.create("alice", "half")
                 first = asyncio.create_task(fails(tx))
                 await asyncio.sleep(0.05)
                 with pytest.raises(ConcurrentUseError):
                     await tx.tasks.create("alice", "other half")
-                with pytest.raises((DBAPIError, TransactionDoomedError)):
+                with pytest.raises((DBAPIError, TransactionAbortedError)):
                     await first
         assert await db.tasks.count("alice") == 0
 
@@ -602,7 +621,7 @@ class TestSavepoint:
         self, db: Database, owner: Connection
     ) -> None:
         async with db.transaction("alice") as tx:
-            with pytest.raises(TransactionDoomedError):
+            with pytest.raises(TransactionAbortedError):
                 async with tx.savepoint():
                     await tx.tasks.create("alice", "inside")
                     with suppress(DBAPIError):
@@ -651,18 +670,18 @@ class TestSavepoint:
         assert await titles(owner) == []
 
     async def test_lost_connection_inside_ends_everything(
-        self, far: Database, proxy: Proxy, owner: Connection
+        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
     ) -> None:
-        with pytest.raises(TransactionDoomedError):
-            async with far.transaction("alice") as tx:
+        with pytest.raises(TransactionAbortedError):
+            async with database_through_proxy.transaction("alice") as tx:
                 await tx.tasks.create("alice", "before")
                 with suppress(UnavailableError):
                     async with tx.savepoint():
                         await proxy.cut()
-                        await until(tx._lease.driver.is_closed)
+                        await until(tx._connection.driver.is_closed)
                         await tx.tasks.count("alice")
         assert await titles(owner) == []
-        assert await far.tasks.count("alice") == 0
+        assert await database_through_proxy.tasks.count("alice") == 0
 
 
 class TestReadOnly:
@@ -718,7 +737,7 @@ class TestExecute:
         assert (await db.tasks.get("bob", theirs.id)).title == "theirs"
 
     async def test_errors_are_sqlalchemys_and_doom(self, db: Database, owner: Connection) -> None:
-        with pytest.raises(TransactionDoomedError):
+        with pytest.raises(TransactionAbortedError):
             async with db.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 with pytest.raises(DBAPIError):
@@ -726,7 +745,7 @@ class TestExecute:
                         await tx.execute(text("SELECT nonsense"))
                 with pytest.raises(DBAPIError):
                     await tx.execute(insert(Task).values(user_id="bob", title="not bob's"))
-                with pytest.raises(TransactionDoomedError):
+                with pytest.raises(TransactionAbortedError):
                     await tx.tasks.count("alice")
         assert await titles(owner) == []
         assert await db.tasks.count("alice") == 0
@@ -742,7 +761,7 @@ class TestExecute:
         assert await db.tasks.count("alice") == 1
 
     async def test_E2_leaves_nothing_on_the_connection(
-        self, far: Database, owner: Connection
+        self, database_through_proxy: Database, owner: Connection
     ) -> None:
         lasting = """
             SELECT set_config('todo_db.user_id', 'bob', false), pg_advisory_lock(42),
@@ -751,44 +770,46 @@ class TestExecute:
         locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
         for undone in (False, True):
             with suppress(ZeroDivisionError):
-                async with far.transaction("alice") as tx:
+                async with database_through_proxy.transaction("alice") as tx:
                     await tx.execute(text(lasting))
                     if undone:
                         raise ZeroDivisionError
             assert await owner.fetchval(locks) == 0
-            lease = await far._pool.acquire()
-            shown = await lease.driver.fetchrow("""
+            connection = await database_through_proxy._pool.acquire()
+            shown = await connection.driver.fetchrow("""
                 SELECT coalesce(current_setting('todo_db.user_id', true), '') AS user_id,
                     current_setting('row_security') AS row_security
             """)
             assert shown is not None
             assert tuple(shown) == ("", "on")
-            await far._pool.release(lease)
-            assert await far.tasks.count("alice") == 0
+            await database_through_proxy._pool.release(connection)
+            assert await database_through_proxy.tasks.count("alice") == 0
 
-    async def test_piles_nothing_up_on_the_connection(self, far: Database) -> None:
+    async def test_piles_nothing_up_on_the_connection(
+        self, database_through_proxy: Database
+    ) -> None:
         for _ in range(3):
-            async with far.transaction("alice") as tx:
+            async with database_through_proxy.transaction("alice") as tx:
                 await tx.execute(text("SELECT 1"))
-        (lease,) = far._pool._idle
-        entry = lease._fairy._connection_record
+        (connection,) = database_through_proxy._pool._idle
+        entry = connection._fairy._connection_record
         assert not entry.finalize_callback
 
     async def test_lost_connection_leaves_the_pool_healthy(
-        self, far: Database, proxy: Proxy
+        self, database_through_proxy: Database, proxy: Proxy
     ) -> None:
         proxy.break_at(b"slowly", Fault.CUT_AFTER)
         with pytest.raises(DBAPIError):
-            async with far.transaction("alice") as tx:
+            async with database_through_proxy.transaction("alice") as tx:
                 await tx.execute(text("SELECT 'slowly'"))
-        assert far._pool.status.in_use == 0
-        assert await far.tasks.count("alice") == 0
+        assert database_through_proxy._pool.status.in_use == 0
+        assert await database_through_proxy.tasks.count("alice") == 0
 
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
     async def test_A6_text_that_ends_the_transaction_or_its_role_is_refused(
-        self, far: Database, proxy: Proxy
+        self, database_through_proxy: Database, proxy: Proxy
     ) -> None:
-        async with far.transaction("alice") as tx:
+        async with database_through_proxy.transaction("alice") as tx:
             before = proxy.round_trips
             for sql in (
                 "COMMIT",
@@ -826,14 +847,16 @@ class TestExecute:
             assert (await context(tx)).user_id == "alice"
 
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
-    async def test_E4_smuggled_commit_ends_the_work(self, far: Database, proxy: Proxy) -> None:
+    async def test_E4_smuggled_commit_ends_the_work(
+        self, database_through_proxy: Database, proxy: Proxy
+    ) -> None:
         for step in (None, lambda tx: tx.tasks.create("alice", "x"), context):
             connections = proxy.connections
             with pytest.raises(IsolationError):
-                async with far.transaction("alice") as tx:
+                async with database_through_proxy.transaction("alice") as tx:
                     await tx.execute(Smuggled())
                     if step is not None:
                         await step(tx)
-            assert far._pool.status.in_use == 0
-            assert await far.tasks.count("alice") == 0
+            assert database_through_proxy._pool.status.in_use == 0
+            assert await database_through_proxy.tasks.count("alice") == 0
             assert proxy.connections == connections + 1

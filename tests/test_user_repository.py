@@ -15,7 +15,7 @@ from todo_db import (
     EmailTakenError,
     IsolationError,
     NewTask,
-    TransactionDoomedError,
+    TransactionAbortedError,
     UnavailableError,
     UserChanges,
     UserIdTakenError,
@@ -25,7 +25,7 @@ from todo_db import (
     UserRepository,
 )
 from todo_db.models import User
-from todo_db.repositories import Call
+from todo_db.repositories import Operation
 
 PATIENCE = 20
 
@@ -205,10 +205,10 @@ class TestEnsure:
 
             tries = 0
 
-            async def perform[T](self, _user_id: str, call: Call[T]) -> T:
+            async def perform[T](self, _user_id: str, operation: Operation[T]) -> T:
                 self.tries += 1
                 nothing: Sequence[tuple[object]] = []
-                return call.result(nothing)
+                return operation.map_rows(nothing)
 
         executor = AlwaysRivals()
         with pytest.raises(UnavailableError):
@@ -323,8 +323,8 @@ class TestMallory:
             async with db.transaction("mallory") as tx:
                 with pytest.raises(EmailTakenError):
                     await tx.users.create("mallory", email="bob@example.org", name="")
-                with pytest.raises(TransactionDoomedError):
+                with pytest.raises(TransactionAbortedError):
                     await tx.users.get("mallory")
 
-        with pytest.raises(TransactionDoomedError):
+        with pytest.raises(TransactionAbortedError):
             await take()

@@ -71,12 +71,12 @@ class Authenticator:
         """
         bearer = _bearer(authorization)
         if bearer is None:
-            return await self._of_session(self._unsigned(self._cookie(cookie)))
+            return await self._from_session(self._verify_signature(self._cookie(cookie)))
         if bearer.count(".") == _JWT_DOTS:
-            return await self._of_jwt(bearer)
-        return await self._of_session(self._unsigned(bearer) if "." in bearer else bearer)
+            return await self._from_jwt(bearer)
+        return await self._from_session(self._verify_signature(bearer) if "." in bearer else bearer)
 
-    async def _of_session(self, token: str | None) -> str:
+    async def _from_session(self, token: str | None) -> str:
         if token is None or not _TOKEN.fullmatch(token):
             raise NotAuthenticatedError
         user_id, _ = await self._database.find_credential(session_token=token)
@@ -84,7 +84,7 @@ class Authenticator:
             raise NotAuthenticatedError
         return user_id
 
-    async def _of_jwt(self, token: str) -> str:
+    async def _from_jwt(self, token: str) -> str:
         key = await self._key(_key_id(token))
         try:
             claims = jwt.decode(
@@ -120,7 +120,7 @@ class Authenticator:
         plain = None if self._url.startswith("https:") else found.get(_COOKIE)
         return found.get(_SECURE_COOKIE, plain)
 
-    def _unsigned(self, value: str | None) -> str | None:
+    def _verify_signature(self, value: str | None) -> str | None:
         """Return what stands before a signature, if that is ours."""
         token, _, signature = unquote(value or "").rpartition(".")
         digest = hmac.digest(self._secret, token.encode(errors="replace"), "sha256")

@@ -27,9 +27,9 @@ from todo_db.errors import (
 )
 from todo_db.models import REVISION
 from todo_db.records import Health
-from todo_db.repositories import Call, Repeat, TaskRepository, UserRepository
+from todo_db.repositories import Operation, Retry, TaskRepository, UserRepository
 from todo_db.settings import Settings
-from todo_db.transaction import NOBODY, Context, Transaction, Unit
+from todo_db.transaction import NO_USER, Transaction, TransactionPreamble, TransactionScope
 
 # Asked as the role that every transaction runs as, about its tables and itself.
 _ISOLATION: Final = """
@@ -67,7 +67,7 @@ class Database:
         self.users: Final = UserRepository(self)
         self._settings = settings
         self._pool = Pool(settings)
-        self._context = Context(settings)
+        self._preamble = TransactionPreamble(settings)
         self._opening = asyncio.Lock()
         self._failures = 0
         self._failure = TodoDBError()
@@ -129,31 +129,33 @@ class Database:
             self._loop = None
             await self._pool.close()
 
-    async def perform[T](self, user_id: str, call: Call[T]) -> T:
+    async def perform[T](self, user_id: str, operation: Operation[T]) -> T:
         """Run a repository's call as a transaction of its own: three round trips.
 
         It is run again when it is known not to have been applied, or may be applied twice.
         """
         await self._ready()
-        if call.may_fail:
+        if operation.needs_savepoint:
             # There is nothing before it in its transaction that a savepoint could keep.
-            call = replace(call, may_fail=False)
-        read_only = call.repeat is Repeat.READ
-        seen: list[T] = []
+            operation = replace(operation, needs_savepoint=False)
+        read_only = operation.retry is Retry.READ_ONLY
+        previous_result: list[T] = []
 
-        async def once() -> T:
+        async def attempt() -> T:
             try:
-                async with Unit(self._pool, self._context, user_id, read_only=read_only) as tx:
-                    result = await tx.perform(user_id, call)
-                    seen.append(result)
+                async with TransactionScope(
+                    self._pool, self._preamble, user_id, read_only=read_only
+                ) as tx:
+                    result = await tx.perform(user_id, operation)
+                    previous_result.append(result)
             except NotFoundError:
                 # An earlier try saw it, and now it is gone: that is what was asked for.
-                if call.repeat is Repeat.GONE and seen:
-                    return seen[0]
+                if operation.retry is Retry.IDEMPOTENT_DELETE and previous_result:
+                    return previous_result[0]
                 raise
             return result
 
-        return await self._retried(once, repeatable=call.repeat is not Repeat.NEVER)
+        return await self._retried(attempt, repeatable=operation.retry is not Retry.UNSAFE)
 
     @asynccontextmanager
     async def transaction(
@@ -165,13 +167,13 @@ class Database:
 
         Raises:
             InvalidInputError: `user_id` cannot be an id.
-            TransactionDoomedError: A statement failed and the block swallowed its error.
+            TransactionAbortedError: A statement failed and the block swallowed its error.
             UnavailableError: The connection was lost before the COMMIT; nothing was applied.
             OutcomeUnknownError: The connection was lost during the COMMIT.
         """
         user_id = inputs.user_id(user_id)
         await self._ready()
-        unit = Unit(self._pool, self._context, user_id, read_only=read_only)
+        unit = TransactionScope(self._pool, self._preamble, user_id, read_only=read_only)
         await self._retried(unit.begin, repeatable=False)
         async with unit as transaction:
             yield transaction
@@ -198,9 +200,11 @@ class Database:
         user_id = inputs.user_id(user_id)
         await self._ready()
 
-        async def once() -> T:
+        async def attempt() -> T:
             try:
-                async with Unit(self._pool, self._context, user_id, read_only=read_only) as tx:
+                async with TransactionScope(
+                    self._pool, self._preamble, user_id, read_only=read_only
+                ) as tx:
                     return await work(tx)
             except DBAPIError as error:
                 # A statement of the caller's own lost a race, or its connection.
@@ -211,7 +215,7 @@ class Database:
                     raise
             raise failure
 
-        return await self._retried(once, repeatable=False)
+        return await self._retried(attempt, repeatable=False)
 
     async def health(self, *, timeout_seconds: float = 2.0) -> Health:
         """Say whether the database answers and is migrated. Raises nothing but cancellation."""
@@ -219,7 +223,9 @@ class Database:
             async with asyncio.timeout(timeout_seconds):
                 await self._ready()
                 begun = time.perf_counter()
-                async with Unit(self._pool, self._context, NOBODY, read_only=True) as tx:
+                async with TransactionScope(
+                    self._pool, self._preamble, NO_USER, read_only=True
+                ) as tx:
                     server_version, revision = await tx.ask(_STATE)
         except TimeoutError:
             problem = CallTimeoutError.__name__
@@ -259,12 +265,12 @@ class Database:
         """
         await self._ready()
 
-        async def once() -> tuple[str | None, str | None]:
-            async with Unit(self._pool, self._context, NOBODY, read_only=True) as tx:
+        async def attempt() -> tuple[str | None, str | None]:
+            async with TransactionScope(self._pool, self._preamble, NO_USER, read_only=True) as tx:
                 user_id, public_key = await tx.ask(_CREDENTIAL, session_token, key_id)
                 return user_id, public_key
 
-        return await self._retried(once, repeatable=True)
+        return await self._retried(attempt, repeatable=True)
 
     async def _ready(self) -> None:
         if self._loop is not None and self._process != os.getpid():
@@ -280,7 +286,7 @@ class Database:
         await self.open()
 
     async def _check(self) -> None:
-        async with Unit(self._pool, self._context, NOBODY, read_only=True) as tx:
+        async with TransactionScope(self._pool, self._preamble, NO_USER, read_only=True) as tx:
             missing, *weaknesses, migrated = await tx.ask(_ISOLATION)
             if missing or not migrated:
                 raise SchemaError
@@ -292,8 +298,8 @@ class Database:
             if revision is None or revision < REVISION:
                 raise SchemaError
 
-    async def _retried[T](self, once: Callable[[], Awaitable[T]], *, repeatable: bool) -> T:
-        """Run `once` until it is applied: again only if it was not, or may be applied twice.
+    async def _retried[T](self, attempt: Callable[[], Awaitable[T]], *, repeatable: bool) -> T:
+        """Run `attempt` until it is applied: again only if it was not, or may be applied twice.
 
         After a try whose outcome is unknown, the failure of those that follow says nothing of
         that one: the outcome stays unknown. The second try follows at once, because most losses
@@ -301,7 +307,7 @@ class Database:
         """
         unknown = False
 
-        def again(error: Exception) -> bool:
+        def should_retry(error: Exception) -> bool:
             nonlocal unknown
             if isinstance(error, OutcomeUnknownError):
                 unknown = True
@@ -309,21 +315,21 @@ class Database:
             return _is_transient(error)
 
         try:
-            return await once()
+            return await attempt()
         except TodoDBError as error:
-            if self._settings.retry_attempts == 1 or not again(error):
+            if self._settings.retry_attempts == 1 or not should_retry(error):
                 raise
         try:
-            async for attempt in stamina.retry_context(  # pragma: no branch  # returns or raises
-                on=again,
+            async for retry in stamina.retry_context(  # pragma: no branch  # returns or raises
+                on=should_retry,
                 attempts=self._settings.retry_attempts - 1,
                 timeout=self._settings.retry_timeout_seconds,
                 wait_initial=0.05,
                 wait_max=2.0,
                 wait_jitter=0.1,
             ):
-                with attempt:
-                    return await once()
+                with retry:
+                    return await attempt()
         except (ConfigurationError, IsolationError, SchemaError, UnavailableError):
             if not unknown:
                 raise

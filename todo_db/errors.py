@@ -16,7 +16,7 @@ TodoDBError
 ├── IsolationError                 a bug or a wrong role, never user input
 ├── SchemaError                    the database is older than this package
 ├── TransactionError
-│   ├── TransactionDoomedError     an earlier statement failed, nothing was committed
+│   ├── TransactionAbortedError     an earlier statement failed, nothing was committed
 │   └── ConcurrentUseError         one transaction in two tasks
 ├── UnavailableError               .retry_after; not applied, safe to try again
 │   ├── PoolExhaustedError
@@ -134,7 +134,7 @@ class TransactionError(TodoDBError):
     """The transaction cannot do this."""
 
 
-class TransactionDoomedError(TransactionError):
+class TransactionAbortedError(TransactionError):
     """An earlier statement failed; nothing of this transaction was or will be committed."""
 
 
@@ -211,7 +211,7 @@ _BY_SQLSTATE: Final[dict[str, Callable[[], TodoDBError]]] = {
     "08": connection_lost,
     "23505": ConflictError,
     "25006": lambda: TransactionError("a read-only transaction cannot write"),
-    "25P02": TransactionDoomedError,
+    "25P02": TransactionAbortedError,
     "25P03": lambda: UnavailableError("the transaction was idle for too long"),
     "25P04": lambda: UnavailableError("the transaction took too long"),
     "28": lambda: ConfigurationError("the database refused the login"),

@@ -164,7 +164,7 @@ def sort(value: object) -> TaskSort:
     return value
 
 
-def moment(field: str, value: object) -> datetime:
+def timestamp(field: str, value: object) -> datetime:
     """Check a moment: a `datetime` with a time zone, as records carry it."""
     if not isinstance(value, datetime) or value.utcoffset() is None:
         raise InvalidInputError(field, "must be a datetime with a time zone")

@@ -12,7 +12,7 @@ from sqlalchemy.exc import CompileError, DBAPIError, StatementError
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.schema import ExecutableDDLElement
 
-from todo_db.engine import Lease, Pool
+from todo_db.engine import Pool, PooledConnection
 from todo_db.errors import (
     ConcurrentUseError,
     ConfigurationError,
@@ -20,18 +20,18 @@ from todo_db.errors import (
     OutcomeUnknownError,
     SchemaError,
     TodoDBError,
-    TransactionDoomedError,
+    TransactionAbortedError,
     TransactionError,
     UnavailableError,
     connection_lost,
     translated,
 )
-from todo_db.repositories import Call, TaskRepository, UserRepository
+from todo_db.repositories import Operation, TaskRepository, UserRepository
 from todo_db.repositories.statements import Row
 from todo_db.settings import Settings
 
 ROLE: Final = "todo_app"
-NOBODY: Final = ""
+NO_USER: Final = ""
 """The user id of the package's own transactions: no row belongs to it."""
 
 # What a caller's own SQL may begin with. Anything else could end the transaction, and with it
@@ -41,11 +41,11 @@ _ALLOWED: Final = re.compile(
 )
 # What such SQL can leave behind all the same, by calling functions; undone in the message that
 # ends the transaction, because behind a pooler the next message may go to another server.
-_UNLOCK: Final = "SELECT pg_catalog.pg_advisory_unlock_all()"
-_TIDY: Final = f"{_UNLOCK};RESET ALL;"
+_RELEASE_ADVISORY_LOCKS: Final = "SELECT pg_catalog.pg_advisory_unlock_all()"
+_RESET_SESSION: Final = f"{_RELEASE_ADVISORY_LOCKS};RESET ALL;"
 _ROLLBACK_SECONDS: Final = 2.0
 # The schema changed under a prepared statement, or somebody deallocated it.
-_STALE: Final = (
+_STALE_STATEMENT_ERRORS: Final = (
     asyncpg.InvalidCachedStatementError,
     asyncpg.InvalidSQLStatementNameError,
     asyncpg.OutdatedSchemaCacheError,
@@ -54,10 +54,10 @@ _STALE: Final = (
 
 _logger: Final = logging.getLogger("todo_db")
 
-type _State = Literal["open", "doomed", "lost", "ended"]
+type _State = Literal["open", "aborted", "broken", "ended"]
 
 
-class Context:
+class TransactionPreamble:
     """What every BEGIN of a database carries, written once."""
 
     def __init__(self, settings: Settings) -> None:
@@ -96,32 +96,32 @@ class Transaction:
         users: The user's own row, in this transaction.
     """
 
-    def __init__(self, lease: Lease, user_id: str) -> None:
+    def __init__(self, connection: PooledConnection, user_id: str) -> None:
         self.user_id: Final = user_id
         self.tasks: Final = TaskRepository(self)
         self.users: Final = UserRepository(self)
-        self._lease = lease
-        self._driver = lease.driver
+        self._connection = connection
+        self._driver = connection.driver
         self._state: _State = "open"
         self._busy = False
         self._savepoints = 0
         self._sqlalchemy: AsyncConnection | None = None
 
-    async def perform[T](self, user_id: str, call: Call[T]) -> T:
+    async def perform[T](self, user_id: str, operation: Operation[T]) -> T:
         """Run a repository's call: one round trip, or three where it may fail.
 
         Raises:
             IsolationError: `user_id` is not this transaction's.
-            TransactionDoomedError: An earlier statement failed.
+            TransactionAbortedError: An earlier statement failed.
             ConcurrentUseError: Another task uses this transaction right now.
         """
         if user_id != self.user_id:
             raise IsolationError("the transaction belongs to another user")
-        if not call.may_fail:
-            return call.result(await self._run(call, user_id))
+        if not operation.needs_savepoint:
+            return operation.map_rows(await self._run(operation, user_id))
         async with self.savepoint():
-            rows = await self._run(call, user_id)
-        return call.result(rows)
+            rows = await self._run(operation, user_id)
+        return operation.map_rows(rows)
 
     async def execute(
         self, statement: Executable, parameters: Mapping[str, Any] | None = None
@@ -135,7 +135,7 @@ class Transaction:
         Raises:
             TransactionError: It is DDL, or text that does not begin with SELECT, INSERT, UPDATE,
                 DELETE, MERGE, WITH, VALUES, TABLE, EXPLAIN or SHOW.
-            TransactionDoomedError: An earlier statement failed.
+            TransactionAbortedError: An earlier statement failed.
             ConcurrentUseError: Another task uses this transaction right now.
         """
         text = statement.element if isinstance(statement, TextualSelect) else statement
@@ -148,7 +148,7 @@ class Transaction:
         self._enter()
         try:
             if self._sqlalchemy is None:
-                self._sqlalchemy = self._lease.sqlalchemy()
+                self._sqlalchemy = self._connection.sqlalchemy()
             return await self._sqlalchemy.execute(statement, parameters)
         except (CompileError, StatementError) as error:
             # A value that is missing or of the wrong type: nothing was sent.
@@ -159,7 +159,7 @@ class Transaction:
             self._fail(error)
             raise
         except BaseException:
-            self._state = "lost"
+            self._state = "broken"
             raise
         finally:
             self._busy = False
@@ -175,14 +175,14 @@ class Transaction:
         await self._control(f"SAVEPOINT {name}")
         try:
             yield
-            if self._state == "doomed":
+            if self._state == "aborted":
                 # The block swallowed the error that undid its work.
-                raise TransactionDoomedError  # noqa: TRY301  # undone below like any other
+                raise TransactionAbortedError  # noqa: TRY301  # undone below like any other
         except BaseException:
             if self._busy:
                 # Another task's statement is under way: the block cannot be undone alone.
-                self._state = "lost"
-            elif self._state in {"open", "doomed"}:
+                self._state = "broken"
+            elif self._state in {"open", "aborted"}:
                 self._state = "open"
                 await self._control(f"ROLLBACK TO SAVEPOINT {name};RELEASE SAVEPOINT {name}")
             raise
@@ -192,18 +192,18 @@ class Transaction:
         """Return the one row of a statement of the package's own, which names no user."""
         return (await self._fetch(sql, *arguments))[0]
 
-    async def _run(self, call: Call[Any], user_id: str) -> Sequence[Row]:
-        statement = call.statement
-        return await self._fetch(statement.sql, *statement.arguments(user_id, call.values))
+    async def _run(self, operation: Operation[Any], user_id: str) -> Sequence[Row]:
+        statement = operation.statement
+        return await self._fetch(statement.sql, *statement.arguments(user_id, operation.values))
 
     async def _fetch(self, sql: str, *arguments: object) -> Sequence[Row]:
         self._enter()
         try:
-            return await self._driver.fetch(f"{sql}{self._lease.mark}", *arguments)
+            return await self._driver.fetch(f"{sql}{self._connection.statement_suffix}", *arguments)
         except Exception as error:  # noqa: BLE001  # raised again, as ours
             failure = self._failed(error)
         except BaseException:
-            self._state = "lost"
+            self._state = "broken"
             raise
         finally:
             self._busy = False
@@ -216,7 +216,7 @@ class Transaction:
         except Exception as error:  # noqa: BLE001  # raised again, as ours
             failure = self._failed(error)
         except BaseException:
-            self._state = "lost"
+            self._state = "broken"
             raise
         else:
             return
@@ -228,24 +228,24 @@ class Transaction:
         """Let one task in, if there is a transaction that carries its context."""
         if self._busy:
             # Whatever the other task does now, half of the caller's work will be missing.
-            self._state = "lost"
+            self._state = "broken"
             raise ConcurrentUseError
         if self._state == "ended":
             raise TransactionError("the transaction has ended")
         if self._state != "open":
-            raise TransactionDoomedError
+            raise TransactionAbortedError
         if self._driver.is_closed():
-            self._state = "lost"
+            self._state = "broken"
             raise connection_lost()
         if not self._driver.is_in_transaction():
-            self._state = "lost"
+            self._state = "broken"
             raise IsolationError("the transaction was ended behind its back")
         self._busy = True
 
     def _failed(self, error: Exception) -> TodoDBError:
         self._fail(error)
-        if isinstance(error, _STALE):
-            self._lease.distrust()
+        if isinstance(error, _STALE_STATEMENT_ERRORS):
+            self._connection.invalidate_statements()
             return UnavailableError("a prepared statement was out of date", transient=True)
         failure = translated(error)
         if self._driver.is_closed() and not isinstance(failure, UnavailableError):
@@ -255,41 +255,41 @@ class Transaction:
     def _fail(self, error: Exception) -> None:
         # After a server's verdict the transaction is aborted, and known to be. After anything
         # else (a timeout, a broken protocol) the connection may still be in the middle of it.
-        known = _is_verdict(error) and self._driver.is_in_transaction()
+        known = _is_server_error(error) and self._driver.is_in_transaction()
         if self._state == "open":
-            self._state = "doomed" if known and not self._driver.is_closed() else "lost"
+            self._state = "aborted" if known and not self._driver.is_closed() else "broken"
 
     async def end(self, *, commit: bool, read_only: bool) -> None:
         """End the transaction, or cut its connection if it cannot be known to have ended.
 
         Raises:
-            TransactionDoomedError: It should have been committed, and was not.
+            TransactionAbortedError: It should have been committed, and was not.
             UnavailableError: The connection was lost before the COMMIT.
             OutcomeUnknownError: The connection was lost during the COMMIT.
         """
         state, self._state = self._state, "ended"
-        if state == "lost" or self._busy:
-            self._lease.terminate()
+        if state == "broken" or self._busy:
+            self._connection.terminate()
             if commit:
-                raise TransactionDoomedError
-        elif state == "doomed" or not commit:
+                raise TransactionAbortedError
+        elif state == "aborted" or not commit:
             await self._rollback()
             if commit:
-                raise TransactionDoomedError
+                raise TransactionAbortedError
         else:
             await self._commit(read_only=read_only)
 
     async def _rollback(self) -> None:
         try:
             await self._driver.execute(
-                f"ROLLBACK;{_UNLOCK}" if self._sqlalchemy else "ROLLBACK",
+                f"ROLLBACK;{_RELEASE_ADVISORY_LOCKS}" if self._sqlalchemy else "ROLLBACK",
                 timeout=_ROLLBACK_SECONDS,
             )
         except Exception as error:  # noqa: BLE001  # nothing was applied either way
-            self._lease.terminate()
+            self._connection.terminate()
             _logger.warning("a connection broke while it rolled back: %s", type(error).__name__)
         except BaseException:
-            self._lease.terminate()
+            self._connection.terminate()
             raise
 
     async def _commit(self, *, read_only: bool) -> None:
@@ -301,42 +301,46 @@ class Transaction:
             read_only = False
         else:
             try:
-                tag = await self._driver.execute(f"{_TIDY}COMMIT" if self._sqlalchemy else "COMMIT")
+                tag = await self._driver.execute(
+                    f"{_RESET_SESSION}COMMIT" if self._sqlalchemy else "COMMIT"
+                )
             except Exception as error:  # noqa: BLE001  # raised again, as ours
                 failure = self._commit_failure(error)
             except BaseException:
-                self._lease.terminate()
+                self._connection.terminate()
                 raise
             else:
                 if tag == "COMMIT":
                     return
                 # The server takes a COMMIT of an aborted transaction, and rolls it back.
-                raise TransactionDoomedError
-        self._lease.terminate()
+                raise TransactionAbortedError
+        self._connection.terminate()
         if not read_only:
             raise failure
         _logger.warning("a connection broke after its last row was read")
 
     def _commit_failure(self, error: Exception) -> TodoDBError:
-        if _is_verdict(error) and not self._driver.is_closed():
+        if _is_server_error(error) and not self._driver.is_closed():
             return translated(error)
         return OutcomeUnknownError()
 
 
-class Unit:
+class TransactionScope:
     """One transaction, from the BEGIN to the answer of its COMMIT.
 
     Entering takes a connection and one round trip, leaving takes another one. A connection goes
     back to the pool only when the answer was read; else it is cut first.
     """
 
-    __slots__ = ("_context", "_lease", "_pool", "_read_only", "_transaction", "_user_id")
+    __slots__ = ("_connection", "_pool", "_preamble", "_read_only", "_transaction", "_user_id")
 
-    _lease: Lease
+    _connection: PooledConnection
 
-    def __init__(self, pool: Pool, context: Context, user_id: str, *, read_only: bool) -> None:
+    def __init__(
+        self, pool: Pool, preamble: TransactionPreamble, user_id: str, *, read_only: bool
+    ) -> None:
         self._pool = pool
-        self._context = context
+        self._preamble = preamble
         self._user_id = user_id
         self._read_only = read_only
         self._transaction: Transaction | None = None
@@ -349,22 +353,22 @@ class Unit:
             ConfigurationError: The login may not become that role.
             UnavailableError: No connection, or it broke.
         """
-        lease = await self._pool.acquire()
-        begin = self._context.begin(self._user_id, read_only=self._read_only)
+        connection = await self._pool.acquire()
+        begin = self._preamble.begin(self._user_id, read_only=self._read_only)
         try:
-            await lease.driver.execute(begin)
+            await connection.driver.execute(begin)
         except Exception as error:  # noqa: BLE001  # raised again, as ours
             failure = _begin_failure(error)
         except BaseException:
-            lease.terminate()
-            await self._pool.release(lease)
+            connection.terminate()
+            await self._pool.release(connection)
             raise
         else:
-            self._lease = lease
-            self._transaction = Transaction(lease, self._user_id)
+            self._connection = connection
+            self._transaction = Transaction(connection, self._user_id)
             return self._transaction
-        lease.terminate()
-        await self._pool.release(lease)
+        connection.terminate()
+        await self._pool.release(connection)
         raise failure
 
     async def __aenter__(self) -> Transaction:
@@ -380,7 +384,7 @@ class Unit:
                 commit=error is None, read_only=self._read_only
             )
         finally:
-            await self._pool.release(self._lease)
+            await self._pool.release(self._connection)
 
 
 def _begin_failure(error: Exception) -> TodoDBError:
@@ -395,11 +399,11 @@ def _begin_failure(error: Exception) -> TodoDBError:
         case _:
             failure = translated(error)
             # Whatever broke, nothing of the caller's had been sent.
-            broken = type(failure) is TodoDBError and not _is_verdict(error)
+            broken = type(failure) is TodoDBError and not _is_server_error(error)
             return connection_lost() if broken else failure
 
 
-def _is_verdict(error: BaseException) -> bool:
+def _is_server_error(error: BaseException) -> bool:
     """Return whether the server answered, and lived on to take the next message."""
     for cause in (error, getattr(error, "orig", None), getattr(error, "__cause__", None)):
         sqlstate = getattr(cause, "sqlstate", None)

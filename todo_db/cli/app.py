@@ -26,8 +26,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from todo_db import migrations
 from todo_db.cli import demo as story
+from todo_db.cli.database_url import database_url
 from todo_db.cli.seed import seed as seed_tasks
-from todo_db.cli.target import target
 from todo_db.database import Database
 from todo_db.doctor import examine
 from todo_db.embedded import EmbeddedPostgres
@@ -47,7 +47,7 @@ _messages: Final = Console(stderr=True)
 
 
 @contextmanager
-def _told() -> Generator[None]:
+def _report_errors() -> Generator[None]:
     """Turn errors of the database into one line and exit status 1."""
     try:
         yield
@@ -76,19 +76,19 @@ def demo() -> None:
     table.add_column("What was seen")
     details: list[str] = []
 
-    def shown(step: story.Step, seen: str, held: bool, _spent: float) -> None:  # noqa: FBT001
+    def show(step: story.Step, seen: str, held: bool, _spent: float) -> None:  # noqa: FBT001
         mark = Text("✓", style="green") if held else Text("✗", style="bold red")
         line, _, detail = seen.partition("\n")
         table.add_row(mark, step.claim, Text(line))
         details.append(detail)
 
     with (
-        _told(),
+        _report_errors(),
         tempfile.TemporaryDirectory(prefix="todo-db-") as folder,
         _messages.status("Starting a PostgreSQL of its own …"),
         EmbeddedPostgres(Path(folder) / "postgres") as server,
     ):
-        good = asyncio.run(story.play(server, shown))
+        good = asyncio.run(story.play(server, show))
     _out.print(table)
     _out.print(Text("\n".join(filter(None, details)), style="dim"))
     seconds = time.perf_counter() - begun
@@ -101,7 +101,7 @@ def demo() -> None:
 @app.command()
 def migrate(revision: Annotated[str, typer.Argument(help="How far.")] = "head") -> None:
     """Migrate the database, to the newest schema by default."""
-    with _told(), target(_messages, direct=True) as url:
+    with _report_errors(), database_url(_messages, direct=True) as url:
         asyncio.run(migrations.upgrade(url, revision))
         _messages.print("Migrated.", style="green")
 
@@ -121,7 +121,7 @@ def alembic(context: typer.Context) -> None:
     if not hasattr(options, "cmd"):
         line.parser.print_help()
         raise typer.Exit(2)
-    with _told(), target(_messages, direct=True) as url:
+    with _report_errors(), database_url(_messages, direct=True) as url:
         line.run_cmd(migrations.alembic_config(url), options)
 
 
@@ -140,8 +140,8 @@ def seed(
                     db, users, tasks, lambda count: progress.advance(bar, count)
                 )
 
-    with _told(), target(_messages) as url:
-        with target(_messages, direct=True) as owners:
+    with _report_errors(), database_url(_messages) as url:
+        with database_url(_messages, direct=True) as owners:
             asyncio.run(migrations.upgrade(owners))
         created = asyncio.run(run(url))
         _out.print(f"{users} users and {tasks} tasks are there; {created} tasks are new.")
@@ -158,7 +158,7 @@ def health() -> None:
         finally:
             await db.close()
 
-    with _told(), target(_messages) as url:
+    with _report_errors(), database_url(_messages) as url:
         state = asyncio.run(run(url))
     table = Table(show_header=False)
     for name, value in asdict(state).items():
@@ -171,7 +171,7 @@ def health() -> None:
 @app.command()
 def doctor() -> None:
     """Look for every known weakness of the database, the URL and the role; exit 1 on any."""
-    with _told(), target(_messages) as url:
+    with _report_errors(), database_url(_messages) as url:
         report = asyncio.run(examine(Settings(database_url=SecretStr(url))))
     about = Table(show_header=False)
     about.add_row("server", f"PostgreSQL {report.server_version}")
@@ -198,7 +198,7 @@ def url(
     show_password: Annotated[bool, typer.Option(help="Print the password too.")] = False,
 ) -> None:
     """Print the URL of the database, as psql takes it."""
-    with _told(), target(_messages) as found:
+    with _report_errors(), database_url(_messages) as found:
         url = parse_url(found).libpq_url()
         shown = url.render_as_string(hide_password=not show_password)
         _out.print(shown, soft_wrap=True, markup=False, highlight=False)
@@ -209,7 +209,7 @@ def url(
 )
 def psql(context: typer.Context) -> None:
     r"""Run psql on the database, for example: todo-db psql -c '\d tasks'."""
-    with _told(), target(_messages) as found:
+    with _report_errors(), database_url(_messages) as found:
         endpoint = parse_url(found)
         parsed = endpoint.libpq_url()
         # The wheel's own was built without TLS.
@@ -233,7 +233,7 @@ def serve() -> None:
     if Settings().database_url is not None:
         _messages.print("DATABASE_URL is set: there is nothing to serve.", style="bold red")
         raise typer.Exit(1)
-    with _told(), target(_messages) as found:
+    with _report_errors(), database_url(_messages) as found:
         asyncio.run(migrations.upgrade(found))
         # Killed by either, Python would leave the server behind.
         stop = {signal.SIGINT, signal.SIGTERM}

@@ -35,11 +35,11 @@ class Step:
     """One claim of the story, and what proves it: a line to show and its details, or an error."""
 
     claim: str
-    prove: Callable[["Stage"], Awaitable[str]]
+    prove: Callable[["DemoContext"], Awaitable[str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class DemoContext:
     """What the steps play on: the application's database, and the owner behind its back."""
 
     db: Database
@@ -48,7 +48,7 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(server: EmbeddedPostgres) -> AsyncGenerator[Stage]:
+async def stage(server: EmbeddedPostgres) -> AsyncGenerator[DemoContext]:
     """Migrate the server's database, and open it as an application would."""
     await upgrade(server.url())
     server.create_login()
@@ -58,12 +58,12 @@ async def stage(server: EmbeddedPostgres) -> AsyncGenerator[Stage]:
             Database.from_url(server.url(user=LOGIN)) as db,
             engine.connect() as owner,
         ):
-            yield Stage(db, owner, server)
+            yield DemoContext(db, owner, server)
     finally:
         await engine.dispose()
 
 
-def hold(*claims: bool) -> None:
+def require(*claims: bool) -> None:
     """Raise unless every claim holds."""
     if not all(claims):
         raise DisprovedError
@@ -78,30 +78,30 @@ async def refusal(attempt: Awaitable[object], error: type[Exception]) -> str:
     raise DisprovedError
 
 
-async def _migrated(at: Stage) -> str:
+async def _migrated(at: DemoContext) -> str:
     health = await at.db.health()
-    hold(health.ok, health.revision == REVISION)
+    require(health.ok, health.revision == REVISION)
     return f"PostgreSQL {health.server_version}, migration {health.revision}"
 
 
-async def _stored(at: Stage) -> str:
+async def _stored(at: DemoContext) -> str:
     for user_id in ("alice", "bob"):
         await at.db.users.create(user_id, email=f"{user_id}@example.org", name=user_id.capitalize())
     chores = ["Buy milk", "Water the plants", "Call home", "Pay the rent", "Read a book"]
     hers = await at.db.tasks.create_many("alice", [NewTask(title) for title in chores])
     his = await at.db.tasks.create_many("bob", [NewTask(title) for title in chores])
-    hold([task.id for task in hers] == [1, 2, 3, 4, 5], len(his) == len(hers))
+    require([task.id for task in hers] == [1, 2, 3, 4, 5], len(his) == len(hers))
     return "alice has tasks 1 to 5, bob has tasks 6 to 10"
 
 
-async def _apart(at: Stage) -> str:
+async def _apart(at: DemoContext) -> str:
     pages = [await at.db.tasks.list(user_id) for user_id in ("alice", "bob")]
     owners = [{task.user_id for task in page.items} for page in pages]
-    hold(owners == [{"alice"}, {"bob"}], all(len(page.items) == 5 for page in pages))  # noqa: PLR2004
+    require(owners == [{"alice"}, {"bob"}], all(len(page.items) == 5 for page in pages))  # noqa: PLR2004
     return "each list has 5 tasks, all of its own user"
 
 
-async def _by_id(at: Stage) -> str:
+async def _by_id(at: DemoContext) -> str:
     attempts: list[Awaitable[Any]] = [
         at.db.tasks.get("bob", 1),
         at.db.tasks.update("bob", 1, title="Mine now"),
@@ -111,40 +111,40 @@ async def _by_id(at: Stage) -> str:
     ]
     answers = {await refusal(attempt, TaskNotFoundError) for attempt in attempts}
     untouched = await at.db.tasks.get("alice", 1)
-    hold(len(answers) == 1, untouched.title == "Buy milk", not untouched.completed)
+    require(len(answers) == 1, untouched.title == "Buy milk", not untouched.completed)
     return f"“{answers.pop()}”, the same as for a task that nobody has"
 
 
-async def _raw_sql(at: Stage) -> str:
+async def _raw_sql(at: DemoContext) -> str:
     async with at.db.transaction("bob") as tx:
         rows = (await tx.execute(text("SELECT id, user_id FROM tasks"))).all()
     everything = await at.owner.scalar(select(func.count()).select_from(Task))
-    hold({row.user_id for row in rows} == {"bob"}, everything == 10)  # noqa: PLR2004
+    require({row.user_id for row in rows} == {"bob"}, everything == 10)  # noqa: PLR2004
     return f"all the SQL says is SELECT; {len(rows)} of {everything} rows come, all bob's"
 
 
-async def _planted(at: Stage) -> str:
+async def _planted(at: DemoContext) -> str:
     try:
         async with at.db.transaction("bob") as tx:
             await tx.execute(insert(Task).values(user_id="alice", title="From bob"))
     except DBAPIError as error:
         sqlstate = getattr(error.orig, "sqlstate", None)
-        hold(sqlstate == "42501")
+        require(sqlstate == "42501")
         return f"refused by PostgreSQL itself (SQLSTATE {sqlstate})"
     raise DisprovedError
 
 
-async def _never_again(at: Stage) -> str:
+async def _never_again(at: DemoContext) -> str:
     await at.db.tasks.delete("alice", 2)
     new = await at.db.tasks.create("alice", "Buy bread")
-    hold(new.id > 10)  # noqa: PLR2004
+    require(new.id > 10)  # noqa: PLR2004
     return f"task 2 deleted; the next task is {new.id}"
 
 
-async def _moved(at: Stage) -> str:
+async def _moved(at: DemoContext) -> str:
     before = await at.db.tasks.get("alice", 1)
     after = await at.db.tasks.toggle("alice", 1)
-    hold(
+    require(
         before.updated_at == before.created_at,
         after.updated_at > before.updated_at,
         after.created_at == before.created_at,
@@ -153,17 +153,17 @@ async def _moved(at: Stage) -> str:
     return f"task 1 toggled: updated_at moved by {milliseconds:.0f} ms, created_at did not"
 
 
-async def _cascade(at: Stage) -> str:
+async def _cascade(at: DemoContext) -> str:
     counted = select(func.count()).select_from(Task).where(Task.user_id == "alice")
     before = await at.owner.scalar(counted)
     await at.db.users.delete("alice")
     after = await at.owner.scalar(counted)
     await refusal(at.db.users.get("alice"), UserNotFoundError)
-    hold(before == 5, after == 0, await at.db.tasks.count("bob") == 5)  # noqa: PLR2004
+    require(before == 5, after == 0, await at.db.tasks.count("bob") == 5)  # noqa: PLR2004
     return f"alice deleted: {before} tasks before, {after} after; bob still has his 5"
 
 
-async def _indexed(at: Stage) -> str:
+async def _indexed(at: DemoContext) -> str:
     share = [NewTask(f"Page {number}") for number in range(_VOLUME // _READERS)]
     for number in range(_READERS):
         reader = f"reader{number:02}"
@@ -173,7 +173,7 @@ async def _indexed(at: Stage) -> str:
     await at.owner.commit()
     async with at.db.transaction("reader07", read_only=True) as tx:
         plan = "\n".join((await tx.execute(text(PLANNED))).scalars())
-    hold("idx_tasks_user_id" in plan, "Seq Scan" not in plan, f"rows={len(share)}" in plan)
+    require("idx_tasks_user_id" in plan, "Seq Scan" not in plan, f"rows={len(share)}" in plan)
     return f"idx_tasks_user_id finds the {len(share)}:\n{plan}"
 
 
@@ -191,7 +191,7 @@ STEPS: Final = (
 )
 
 
-async def play(server: EmbeddedPostgres, shown: Callable[[Step, str, bool, float], object]) -> bool:
+async def play(server: EmbeddedPostgres, show: Callable[[Step, str, bool, float], object]) -> bool:
     """Prove every step in turn, tell `shown`, and return whether all of them held."""
     async with stage(server) as at:
         good = True
@@ -201,6 +201,6 @@ async def play(server: EmbeddedPostgres, shown: Callable[[Step, str, bool, float
                 seen, held = await step.prove(at), True
             except Exception as error:  # noqa: BLE001  # whatever it is, the claim did not hold
                 seen, held = f"it did not hold: {type(error).__name__}", False
-            shown(step, seen, held, time.perf_counter() - begun)
+            show(step, seen, held, time.perf_counter() - begun)
             good = good and held
         return good

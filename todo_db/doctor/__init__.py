@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from todo_db.doctor.catalogue import SETTINGS, STATEMENT, catalogued, differences
 from todo_db.doctor.checks import CHECKS, QUERY
-from todo_db.engine import Endpoint, Lease, Pool, parse_url
+from todo_db.engine import Endpoint, Pool, PooledConnection, parse_url
 from todo_db.errors import translated
 from todo_db.models import REVISION
 from todo_db.settings import Settings
@@ -90,11 +90,11 @@ async def examine(settings: Settings) -> Report:
     """
     pool = Pool(settings)
     try:
-        lease = await pool.acquire()
+        connection = await pool.acquire()
         try:
-            report = await _ask(lease, settings)
+            report = await _ask(connection, settings)
         finally:
-            await pool.release(lease)
+            await pool.release(connection)
     except Exception as error:  # noqa: BLE001  # raised again, as ours
         failure = translated(error)
     else:
@@ -104,9 +104,9 @@ async def examine(settings: Settings) -> Report:
     raise failure
 
 
-async def _ask(lease: Lease, settings: Settings) -> Report:
-    driver = lease.driver
-    line = _line(lease.transport)
+async def _ask(connection: PooledConnection, settings: Settings) -> Report:
+    driver = connection.driver
+    line = _line(connection.transport)
     found = [(_WEAK[line], "the connection")] if line in _WEAK else []
     direct = settings.direct_database_url
     if direct is not None and _parsed(direct).is_pooled:
@@ -125,7 +125,7 @@ async def _ask(lease: Lease, settings: Settings) -> Report:
         else:
             found += [(row[0], row[1]) for row in await driver.fetch(QUERY)]
             if not {code for code, _ in found} & _UNKNOWN:
-                revision = await _compare(lease, found)
+                revision = await _compare(connection, found)
     place = _parsed(cast("SecretStr", settings.database_url))
     # PgBouncer names a process of its own. So does Neon's proxy, pooled or not.
     is_pooled = place.is_pooled if place.is_neon else server["pid"] != driver.get_server_pid()
@@ -138,9 +138,9 @@ async def _ask(lease: Lease, settings: Settings) -> Report:
     )
 
 
-async def _compare(lease: Lease, found: list[tuple[str, str]]) -> str | None:
+async def _compare(connection: PooledConnection, found: list[tuple[str, str]]) -> str | None:
     """Return how far the migrations went, and add how the schema differs from what they made."""
-    driver = lease.driver
+    driver = connection.driver
     await driver.execute(f"SET LOCAL ROLE {ROLE}")
     revision = cast(
         "str | None", await driver.fetchval("SELECT max(version_num) FROM public.alembic_version")

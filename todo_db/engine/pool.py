@@ -35,7 +35,7 @@ _CANCEL_SECONDS: Final = 2.0
 _PING_AFTER_SECONDS: Final = 60.0
 _PING_SECONDS: Final = 2.0
 # PgBouncer has one SQLSTATE, 08P01, for whatever it refuses; these will pass.
-_BUSY: Final = re.compile(
+_TRANSIENT_POOLER_MESSAGES: Final = re.compile(
     "no more connections allowed|server login has been failing|query_wait_timeout"
     "|cannot connect to server|shutting down|bouncer config error"
 )
@@ -64,43 +64,43 @@ def create_direct_engine(url: str, settings: Settings) -> AsyncEngine:
     )
 
 
-class Lease:
+class PooledConnection:
     """A connection of the pool, lent to one unit of work at a time.
 
     Attributes:
         driver: asyncpg's connection, outside any transaction.
     """
 
-    __slots__ = ("_cut", "_engine", "_fairy", "_opened", "_pool", "_used", "driver")
+    __slots__ = ("_engine", "_fairy", "_opened", "_pool", "_terminated", "_used", "driver")
 
     def __init__(self, pool: "Pool", engine: AsyncEngine, fairy: PoolProxiedConnection) -> None:
         self._pool = pool
         self._engine = engine
         self._fairy = fairy
-        self._cut = False
+        self._terminated = False
         self._opened = self._used = time.monotonic()
         self.driver = cast("asyncpg.Connection[asyncpg.Record]", fairy.driver_connection)
 
     @property
-    def is_clean(self) -> bool:
+    def is_reusable(self) -> bool:
         """Whether it is connected and outside any transaction, as far as the client knows."""
-        return not (self._cut or self.driver.is_closed() or self.driver.is_in_transaction())
+        return not (self._terminated or self.driver.is_closed() or self.driver.is_in_transaction())
 
     @property
-    def is_old(self) -> bool:
+    def is_expired(self) -> bool:
         """Whether it has served long enough."""
         return time.monotonic() - self._opened > _RECYCLE_SECONDS
 
     @property
-    def was_long_idle(self) -> bool:
+    def needs_ping(self) -> bool:
         """Whether nobody has used it for so long that its peer may be gone unnoticed."""
         return time.monotonic() - self._used > _PING_AFTER_SECONDS
 
-    def rest(self) -> None:
+    def touch(self) -> None:
         """Note that nobody uses it from now on."""
         self._used = time.monotonic()
 
-    async def answers(self) -> bool:
+    async def ping(self) -> bool:
         """Ask the server for a sign of life: one round trip."""
         try:
             await self.driver.execute("SELECT 1", timeout=_PING_SECONDS)
@@ -115,18 +115,18 @@ class Lease:
         return cast("asyncio.BaseTransport", cast("Any", self.driver)._transport)  # noqa: SLF001  # the driver has no other way
 
     @property
-    def mark(self) -> str:
-        """What has to stand behind every statement; see `distrust`."""
-        return self._pool.mark
+    def statement_suffix(self) -> str:
+        """What has to stand behind every statement; see `invalidate_statements`."""
+        return self._pool.statement_suffix
 
-    def distrust(self) -> None:
+    def invalidate_statements(self) -> None:
         """Have every statement prepared anew, on all connections, under another text.
 
         After a change of the schema a prepared statement fails, or worse, is read by its old
         description. PgBouncer keeps one for each text, for good, and nobody on Neon can make it
         forget; so the text has to change.
         """
-        self._pool.mark = f" /* {token_hex(4)} */"
+        self._pool.statement_suffix = f" /* {token_hex(4)} */"
 
     def terminate(self) -> None:
         """Cut the connection, because nobody knows what state it is in. Does not wait.
@@ -135,21 +135,21 @@ class Lease:
         happen first, in the background: the server would go on with it, and hold its locks, and a
         pooler passes the word on only as long as the connection is there.
         """
-        if self._cut:
+        if self._terminated:
             return
-        self._cut = True
+        self._terminated = True
         if telling := set(cast("Any", self.driver)._cancellations):  # noqa: SLF001  # the driver has no other way
-            self._pool.cut_later(self._told(telling))
+            self._pool.recover_later(self._recover(telling))
         else:
-            self._drop()
+            self._discard()
 
-    async def _told(self, telling: set[asyncio.Task[None]]) -> None:
+    async def _recover(self, telling: set[asyncio.Task[None]]) -> None:
         try:
             await asyncio.wait(telling, timeout=_CANCEL_SECONDS)
         finally:
-            self._drop()
+            self._discard()
 
-    def _drop(self) -> None:
+    def _discard(self) -> None:
         self.driver.terminate()
         if self._fairy.is_valid:
             self._fairy.invalidate()
@@ -195,26 +195,26 @@ class Pool:
             pool_logging_name=_LOGGER,
             connect_args=_connect_args(settings) | endpoint.connect_args(),
         )
-        self._kept = settings.pool_size
+        self._max_idle = settings.pool_size
         self._size = settings.pool_size + settings.max_overflow
         self._timeout = settings.pool_timeout_seconds
         self._connect_seconds = settings.connect_retry_seconds
         self._retries = settings.retry_attempts > 1 and settings.connect_retry_seconds > 0
         self._free = asyncio.Semaphore(self._size)
-        self._idle: list[Lease] = []
+        self._idle: list[PooledConnection] = []
         self._in_use = 0
         self._waiting = 0
-        self._cutting: set[asyncio.Task[None]] = set()
-        self._keeping = True
+        self._recovering: set[asyncio.Task[None]] = set()
+        self._open = True
         self._closing = asyncio.Lock()
-        self.mark = ""
+        self.statement_suffix = ""
 
     @property
     def status(self) -> PoolStatus:
         """How many connections there may be, are lent, and are waited for."""
         return PoolStatus(self._size, self._in_use, self._waiting)
 
-    async def acquire(self) -> Lease:
+    async def acquire(self) -> PooledConnection:
         """Lend a connection; wait for one, first come, first served.
 
         A connection that has to be made is tried for until `connect_retry_seconds` are over;
@@ -227,35 +227,35 @@ class Pool:
         """
         await self._wait()
         try:
-            lease = await self._last_used() or await self._connect()
+            connection = await self._last_used() or await self._connect()
         except BaseException:
             self._free.release()
             raise
         self._in_use += 1
-        return lease
+        return connection
 
-    async def release(self, lease: Lease) -> None:
+    async def release(self, connection: PooledConnection) -> None:
         """Take a connection back, and let the next one in the line have it.
 
         Waits only to close a sound connection that is not kept.
         """
         self._in_use -= 1
         try:
-            if not lease.is_clean:
-                lease.terminate()
-            elif self._keeping and len(self._idle) < self._kept and not lease.is_old:
-                lease.rest()
-                self._idle.append(lease)
+            if not connection.is_reusable:
+                connection.terminate()
+            elif self._open and len(self._idle) < self._max_idle and not connection.is_expired:
+                connection.touch()
+                self._idle.append(connection)
             else:
-                await lease.close()
+                await connection.close()
         finally:
             self._free.release()
 
-    def cut_later(self, cut: Coroutine[Any, Any, None]) -> None:
+    def recover_later(self, cut: Coroutine[Any, Any, None]) -> None:
         """Run what cuts a connection, which is no longer counted; `close` waits for it."""
         task = asyncio.get_running_loop().create_task(cut)
-        self._cutting.add(task)
-        task.add_done_callback(self._cutting.discard)
+        self._recovering.add(task)
+        task.add_done_callback(self._recovering.discard)
 
     async def close(self) -> None:
         """Close all connections, once they are back, for good.
@@ -275,40 +275,42 @@ class Pool:
             finally:
                 for _ in range(taken):
                     self._free.release()
-                self._keeping = False
+                self._open = False
                 idle, self._idle = self._idle, []
                 try:
-                    await asyncio.gather(*(lease.close() for lease in idle), *self._cutting)
+                    await asyncio.gather(
+                        *(connection.close() for connection in idle), *self._recovering
+                    )
                 finally:
-                    for lease in idle:
-                        lease.terminate()
+                    for connection in idle:
+                        connection.terminate()
 
-    async def _last_used(self) -> Lease | None:
+    async def _last_used(self) -> PooledConnection | None:
         while self._idle:
-            lease = self._idle.pop()
+            connection = self._idle.pop()
             # The server may have closed it meanwhile; asking the client costs no round trip.
-            if not lease.is_clean or lease.is_old:
-                lease.terminate()
+            if not connection.is_reusable or connection.is_expired:
+                connection.terminate()
                 continue
             try:
-                if not lease.was_long_idle or await lease.answers():
-                    return lease
+                if not connection.needs_ping or await connection.ping():
+                    return connection
             except BaseException:
-                lease.terminate()
+                connection.terminate()
                 raise
             # The others rested even longer: whatever took this one took them.
-            gone, self._idle = [lease, *self._idle], []
+            gone, self._idle = [connection, *self._idle], []
             for lost in gone:
                 lost.terminate()
         return None
 
-    async def _connect(self) -> Lease:
+    async def _connect(self) -> PooledConnection:
         if not self._retries:
             return await self._connect_once()
         # Whoever asked for the connection need not try for as long again: it is not transient.
         failure = UnavailableError("the database did not answer in time")
 
-        def again(error: Exception) -> bool:
+        def should_retry(error: Exception) -> bool:
             nonlocal failure
             if not isinstance(error, UnavailableError):
                 return False
@@ -318,7 +320,7 @@ class Pool:
         try:
             async with asyncio.timeout(self._connect_seconds):
                 async for attempt in stamina.retry_context(  # pragma: no branch  # endless
-                    on=again,
+                    on=should_retry,
                     attempts=None,
                     timeout=None,
                     wait_initial=0.05,
@@ -332,14 +334,14 @@ class Pool:
             pass
         raise failure
 
-    async def _connect_once(self) -> Lease:
+    async def _connect_once(self) -> PooledConnection:
         try:
             # SQLAlchemy asks its questions about the server on the first one.
             fairy = await greenlet_spawn(self._engine.sync_engine.pool.connect)
         except Exception as error:  # noqa: BLE001  # raised again, as ours
             failure = _connect_failure(error, self._engine.url)
         else:
-            return Lease(self, self._engine, fairy)
+            return PooledConnection(self, self._engine, fairy)
         raise failure
 
     async def _wait(self) -> None:
@@ -377,7 +379,9 @@ def _connect_failure(error: BaseException, url: URL) -> TodoDBError:
     if isinstance(error, FileNotFoundError) and not Path(str(folder)).is_dir():
         return ConfigurationError("the socket folder of the URL does not exist")
     refusal = error.__cause__ or error
-    if isinstance(refusal, asyncpg.ProtocolViolationError) and not _BUSY.search(str(refusal)):
+    if isinstance(
+        refusal, asyncpg.ProtocolViolationError
+    ) and not _TRANSIENT_POOLER_MESSAGES.search(str(refusal)):
         return ConfigurationError("the pooler refused the login, or a startup parameter")
     if isinstance(error, ConnectionError) and _NO_TLS in str(error):
         return ConfigurationError("the server has no TLS, and the database URL demands it")

@@ -53,40 +53,40 @@ class Statement:
         return str(compiled), names
 
 
-class Repeat(Enum):
+class Retry(Enum):
     """What may be done when it is not known whether a call was committed."""
 
-    READ = auto()
+    READ_ONLY = auto()
     """It changed nothing: its rows are right whatever became of its end."""
-    SAME = auto()
+    IDEMPOTENT = auto()
     """It sets what it sets: run it again."""
-    GONE = auto()
+    IDEMPOTENT_DELETE = auto()
     """It deletes one row: run it again, and find nothing left to delete."""
-    NEVER = auto()
+    UNSAFE = auto()
     """It would do it twice, or count wrongly: the caller has to know."""
 
 
 @dataclass(frozen=True, slots=True)
-class Call[T]:
+class Operation[T]:
     """One statement with its values, and what its rows mean.
 
     Attributes:
-        result: Turns the rows into what the caller gets; may raise an error of the tree.
-        repeat: What an unknown outcome allows.
-        may_fail: Whether the caller goes on after an error of the statement; in a transaction
-            of somebody's it then needs a savepoint around it.
+        map_rows: Turns the rows into what the caller gets; may raise an error of the tree.
+        retry: What an unknown outcome allows.
+        needs_savepoint: Whether the caller goes on after an error of the statement, so that a
+            transaction of the caller's has to put a savepoint around it.
     """
 
     statement: Statement
     values: Mapping[str, object]
-    result: Callable[[Sequence[Row]], T]
-    repeat: Repeat = Repeat.NEVER
-    may_fail: bool = False
+    map_rows: Callable[[Sequence[Row]], T]
+    retry: Retry = Retry.UNSAFE
+    needs_savepoint: bool = False
 
 
 class Executor(Protocol):
     """Runs calls of one user, each in a transaction that carries the user's id."""
 
-    async def perform[T](self, user_id: str, call: Call[T]) -> T:
+    async def perform[T](self, user_id: str, operation: Operation[T]) -> T:
         """Run the call as `user_id`, who was checked; return its result."""
         ...

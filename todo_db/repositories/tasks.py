@@ -46,7 +46,7 @@ from todo_db.inputs import NewTask, TaskChanges
 from todo_db.models import IdempotencyKey, Task
 from todo_db.pagination import BIGINT_MAX, Page, Position, TaskSort, decode, encode
 from todo_db.records import TaskRecord
-from todo_db.repositories.statements import Call, Executor, Repeat, Row, Statement
+from todo_db.repositories.statements import Executor, Operation, Retry, Row, Statement
 
 _COLUMNS: Final = (
     Task.id,
@@ -119,14 +119,14 @@ class TaskRepository:
         )
         if idempotency_key is not None:
             key = inputs.idempotency_key(idempotency_key)
-            call = _keyed("create", key, user_id, [task])
-            return (await self._executor.perform(user_id, call))[0]
+            operation = _keyed("create", key, user_id, [task])
+            return (await self._executor.perform(user_id, operation))[0]
         values = {
             "title": task.title,
             "description": task.description,
             "completed": task.completed,
         }
-        return await self._executor.perform(user_id, Call(_CREATE, values, _one))
+        return await self._executor.perform(user_id, Operation(_CREATE, values, _one))
 
     async def create_many(
         self, user_id: str, tasks: Iterable[NewTask], *, idempotency_key: str | None = None
@@ -146,10 +146,10 @@ class TaskRepository:
         new = inputs.new_tasks(tasks)
         if idempotency_key is not None:
             key = inputs.idempotency_key(idempotency_key)
-            call = _keyed("create_many", key, user_id, new)
+            operation = _keyed("create_many", key, user_id, new)
         else:
-            call = Call(_CREATE_MANY, _arrays(new), _all)
-        return await self._executor.perform(user_id, call)
+            operation = Operation(_CREATE_MANY, _arrays(new), _all)
+        return await self._executor.perform(user_id, operation)
 
     async def get(self, user_id: str, task_id: int) -> TaskRecord:
         """Return one task.
@@ -161,7 +161,7 @@ class TaskRepository:
         """
         user_id = inputs.user_id(user_id)
         values = {"task_id": inputs.task_id(task_id)}
-        return await self._executor.perform(user_id, Call(_GET, values, _one, Repeat.READ))
+        return await self._executor.perform(user_id, Operation(_GET, values, _one, Retry.READ_ONLY))
 
     async def list(  # noqa: PLR0913  # each narrows or orders the same list
         self,
@@ -231,9 +231,9 @@ class TaskRepository:
         """
         user_id = inputs.user_id(user_id)
         filters = _filters(completed, search)
-        statement = _count_statement(*_shape(filters))
+        statement = _count_statement(*_filter_flags(filters))
         return await self._executor.perform(
-            user_id, Call(statement, _given(filters), _number, Repeat.READ)
+            user_id, Operation(statement, _filter_values(filters), _number, Retry.READ_ONLY)
         )
 
     async def update(
@@ -262,20 +262,20 @@ class TaskRepository:
         values: dict[str, object] = {"task_id": inputs.task_id(task_id)}
         new = inputs.task_changes(changes)
         if expected_updated_at is not None:
-            values["expected"] = inputs.moment("expected_updated_at", expected_updated_at)
+            values["expected"] = inputs.timestamp("expected_updated_at", expected_updated_at)
         if not new:
-            call = Call(_GET, {"task_id": values["task_id"]}, _one, Repeat.READ)
-            task = await self._executor.perform(user_id, call)
+            operation = Operation(_GET, {"task_id": values["task_id"]}, _one, Retry.READ_ONLY)
+            task = await self._executor.perform(user_id, operation)
             if values.get("expected", task.updated_at) != task.updated_at:
                 raise StaleTaskError
             return task
-        values |= _new(new)
+        values |= _column_values(new)
         columns = frozenset(new)
         if expected_updated_at is None:
-            call = Call(_update_statement(columns), values, _one, Repeat.SAME)
+            operation = Operation(_update_statement(columns), values, _one, Retry.IDEMPOTENT)
         else:
-            call = Call(_update_if_statement(columns), values, _one_if_fresh)
-        return await self._executor.perform(user_id, call)
+            operation = Operation(_update_if_statement(columns), values, _one_if_fresh)
+        return await self._executor.perform(user_id, operation)
 
     async def toggle(self, user_id: str, task_id: int) -> TaskRecord:
         """Turn `completed` around, whatever it is at that moment.
@@ -287,7 +287,7 @@ class TaskRepository:
         """
         user_id = inputs.user_id(user_id)
         values = {"task_id": inputs.task_id(task_id)}
-        return await self._executor.perform(user_id, Call(_TOGGLE, values, _one))
+        return await self._executor.perform(user_id, Operation(_TOGGLE, values, _one))
 
     async def delete(self, user_id: str, task_id: int) -> None:
         """Delete one task, for good. Its id is never used again.
@@ -299,7 +299,9 @@ class TaskRepository:
         """
         user_id = inputs.user_id(user_id)
         values = {"task_id": inputs.task_id(task_id)}
-        await self._executor.perform(user_id, Call(_DELETE, values, _found, Repeat.GONE))
+        await self._executor.perform(
+            user_id, Operation(_DELETE, values, _found, Retry.IDEMPOTENT_DELETE)
+        )
 
     async def update_many(
         self, user_id: str, task_ids: Iterable[int], **changes: Unpack[TaskChanges]
@@ -314,9 +316,9 @@ class TaskRepository:
         new = inputs.task_changes(changes)
         if not new:
             return 0
-        values = {"task_ids": ids} | _new(new)
-        call = Call(_update_many_statement(frozenset(new)), values, _number)
-        return await self._executor.perform(user_id, call)
+        values = {"task_ids": ids} | _column_values(new)
+        operation = Operation(_update_many_statement(frozenset(new)), values, _number)
+        return await self._executor.perform(user_id, operation)
 
     async def delete_many(self, user_id: str, task_ids: Iterable[int]) -> int:
         """Delete up to 10,000 tasks; return how many there were.
@@ -326,7 +328,7 @@ class TaskRepository:
         """
         user_id = inputs.user_id(user_id)
         values = {"task_ids": inputs.task_ids(task_ids)}
-        return await self._executor.perform(user_id, Call(_DELETE_MANY, values, _number))
+        return await self._executor.perform(user_id, Operation(_DELETE_MANY, values, _number))
 
     async def delete_completed(self, user_id: str) -> int:
         """Delete all completed tasks; return how many there were.
@@ -334,7 +336,7 @@ class TaskRepository:
         One DELETE; locks the rows in the order of their ids.
         """
         user_id = inputs.user_id(user_id)
-        return await self._executor.perform(user_id, Call(_DELETE_COMPLETED, {}, _number))
+        return await self._executor.perform(user_id, Operation(_DELETE_COMPLETED, {}, _number))
 
 
 _ITERATE_SIZE: Final = 500
@@ -377,7 +379,9 @@ def _arrays(tasks: Sequence[NewTask]) -> dict[str, object]:
     }
 
 
-def _keyed(method: str, key: str, user_id: str, tasks: Sequence[NewTask]) -> Call[list[TaskRecord]]:
+def _keyed(
+    method: str, key: str, user_id: str, tasks: Sequence[NewTask]
+) -> Operation[list[TaskRecord]]:
     digest = sha256(method.encode())
     # One by one: the text of them all would be many times their size.
     for task in tasks:
@@ -405,23 +409,23 @@ def _keyed(method: str, key: str, user_id: str, tasks: Sequence[NewTask]) -> Cal
         ]
 
     values = {"key": key, "fingerprint": fingerprint} | _arrays(tasks)
-    return Call(_CREATE_KEYED, values, result, Repeat.SAME, may_fail=True)
+    return Operation(_CREATE_KEYED, values, result, Retry.IDEMPOTENT, needs_savepoint=True)
 
 
 def _filters(completed: bool | None, search: str | None) -> Filters:  # noqa: FBT001
     return (None if completed is None else inputs.completed(completed), inputs.search(search))
 
 
-def _shape(filters: Filters) -> tuple[bool, bool]:
+def _filter_flags(filters: Filters) -> tuple[bool, bool]:
     return filters[0] is not None, filters[1] is not None
 
 
-def _given(filters: Filters) -> dict[str, object]:
+def _filter_values(filters: Filters) -> dict[str, object]:
     names = ("completed", "pattern")
     return {name: value for name, value in zip(names, filters, strict=True) if value is not None}
 
 
-def _new(changes: Mapping[str, object]) -> dict[str, object]:
+def _column_values(changes: Mapping[str, object]) -> dict[str, object]:
     return {f"new_{name}": value for name, value in changes.items()}
 
 
@@ -437,7 +441,7 @@ def _position(sort: TaskSort, task: TaskRecord) -> Position:
 
 def _page(
     sort: TaskSort, filters: Filters, limit: int, after: Position | None
-) -> Call[Page[TaskRecord]]:
+) -> Operation[Page[TaskRecord]]:
     def result(rows: Sequence[Row]) -> Page[TaskRecord]:
         items = tuple(_all(rows[:limit]))
         if len(rows) <= limit:
@@ -445,15 +449,15 @@ def _page(
         return Page(items, encode(sort, filters, _position(sort, items[-1])))
 
     # One row more than the page says whether there is another page.
-    values = _given(filters) | {"limit": limit + 1}
+    values = _filter_values(filters) | {"limit": limit + 1}
     if sort is TaskSort.NEWEST:
         values["after_id"] = BIGINT_MAX if after is None else after.id
     elif sort is TaskSort.OLDEST:
         values["after_id"] = 0 if after is None else after.id
     elif after is not None:
         values |= {"after_key": after.key, "after_id": after.id}
-    statement = _page_statement(sort, *_shape(filters), after=after is not None)
-    return Call(statement, values, result, Repeat.READ)
+    statement = _page_statement(sort, *_filter_flags(filters), after=after is not None)
+    return Operation(statement, values, result, Retry.READ_ONLY)
 
 
 # The statements, one for each shape.
@@ -472,19 +476,19 @@ def _strings(name: str) -> BindParameter[Any]:
     return bindparam(name, type_=ARRAY(Text()))
 
 
-def _narrowed(completed: bool, search: bool) -> list[ColumnElement[bool]]:  # noqa: FBT001
-    narrowed: list[ColumnElement[bool]] = []
+def _filter_clauses(completed: bool, search: bool) -> list[ColumnElement[bool]]:  # noqa: FBT001
+    clauses: list[ColumnElement[bool]] = []
     if completed:
-        narrowed.append(Task.completed == bindparam("completed", type_=Boolean()))
+        clauses.append(Task.completed == bindparam("completed", type_=Boolean()))
     if search:
         pattern = bindparam("pattern", type_=Text())
-        narrowed.append(
+        clauses.append(
             or_(
                 Task.title.ilike(pattern, escape="\\"),
                 Task.description.ilike(pattern, escape="\\"),
             )
         )
-    return narrowed
+    return clauses
 
 
 @cache
@@ -499,7 +503,7 @@ def _page_statement(
         first = select(owner).scalar_subquery()
         page = (
             select(*_COLUMNS)
-            .where(Task.user_id == owner, *_narrowed(completed, search))
+            .where(Task.user_id == owner, *_filter_clauses(completed, search))
             .limit(bindparam("limit", type_=Integer()))
         )
         match sort:
@@ -535,12 +539,12 @@ def _count_statement(completed: bool, search: bool) -> Statement:  # noqa: FBT00
         lambda owner: (
             select(func.count())
             .select_from(Task)
-            .where(Task.user_id == owner, *_narrowed(completed, search))
+            .where(Task.user_id == owner, *_filter_clauses(completed, search))
         )
     )
 
 
-def _set(columns: frozenset[str]) -> dict[str, BindParameter[Any]]:
+def _assignments(columns: frozenset[str]) -> dict[str, BindParameter[Any]]:
     return {name: parameter for name, parameter in _NEW.items() if name in columns}
 
 
@@ -550,7 +554,7 @@ def _update_statement(columns: frozenset[str]) -> Statement:
         lambda owner: (
             update(Task)
             .where(Task.user_id == owner, Task.id == _TASK_ID)
-            .values(_set(columns))
+            .values(_assignments(columns))
             .returning(*_COLUMNS)
         )
     )
@@ -568,7 +572,7 @@ def _update_if_statement(columns: frozenset[str]) -> Statement:
                 Task.id == _TASK_ID,
                 Task.updated_at == bindparam("expected", type_=DateTime(timezone=True)),
             )
-            .values(_set(columns))
+            .values(_assignments(columns))
             .returning(*_COLUMNS)
             .cte("changed")
         )
@@ -591,15 +595,15 @@ def _locked(owner: ColumnElement[str], *which: ColumnElement[bool]) -> CTE:
     )
 
 
-def _among() -> ColumnElement[bool]:
+def _id_in() -> ColumnElement[bool]:
     return Task.id == any_(cast(_strings("task_ids"), ARRAY(BigInteger())))
 
 
 @cache
 def _update_many_statement(columns: frozenset[str]) -> Statement:
     def build(owner: ColumnElement[str]) -> Executable:
-        new = _set(columns)
-        locked = _locked(owner, _among())
+        new = _assignments(columns)
+        locked = _locked(owner, _id_in())
         changed = (
             update(Task)
             .where(
@@ -722,5 +726,5 @@ _TOGGLE: Final = Statement(
 _DELETE: Final = Statement(
     lambda owner: delete(Task).where(Task.user_id == owner, Task.id == _TASK_ID).returning(Task.id)
 )
-_DELETE_MANY: Final = Statement(lambda owner: _delete_locked(owner, _among()))
+_DELETE_MANY: Final = Statement(lambda owner: _delete_locked(owner, _id_in()))
 _DELETE_COMPLETED: Final = Statement(lambda owner: _delete_locked(owner, Task.completed == true()))

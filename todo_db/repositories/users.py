@@ -13,7 +13,7 @@ from todo_db.errors import EmailTakenError, TodoDBError, UnavailableError, UserN
 from todo_db.inputs import UserChanges
 from todo_db.models import User
 from todo_db.records import UserRecord
-from todo_db.repositories.statements import Call, Executor, Repeat, Row, Statement
+from todo_db.repositories.statements import Executor, Operation, Retry, Row, Statement
 
 _COLUMNS: Final = (
     User.id,
@@ -58,7 +58,7 @@ class UserRepository:
             "name": inputs.name(name),
             "username": inputs.username(username),
         }
-        return await self._executor.perform(user_id, Call(_CREATE, values, _one))
+        return await self._executor.perform(user_id, Operation(_CREATE, values, _one))
 
     async def ensure(self, user_id: str, *, email: str, name: str) -> UserRecord:
         """Return the user, stored first if there is none; an existing row stays as it is.
@@ -71,11 +71,11 @@ class UserRepository:
         """
         user_id = inputs.user_id(user_id)
         values = {"email": inputs.email(email), "name": inputs.name(name)}
-        call = Call(_ENSURE, values, _one_or_none, Repeat.SAME, may_fail=True)
+        operation = Operation(_ENSURE, values, _one_or_none, Retry.IDEMPOTENT, needs_savepoint=True)
         failure: TodoDBError = UnavailableError("the user was stored and deleted all the time")
         for _ in range(_ENSURE_TRIES):
             try:
-                user = await self._executor.perform(user_id, call)
+                user = await self._executor.perform(user_id, operation)
             except EmailTakenError as error:
                 failure = error
             else:
@@ -92,7 +92,7 @@ class UserRepository:
             UserNotFoundError: There is no such user.
         """
         user_id = inputs.user_id(user_id)
-        return await self._executor.perform(user_id, Call(_GET, {}, _one, Repeat.READ))
+        return await self._executor.perform(user_id, Operation(_GET, {}, _one, Retry.READ_ONLY))
 
     async def update(self, user_id: str, **changes: Unpack[UserChanges]) -> UserRecord:
         """Change the given columns; without any, return the user as `get` does.
@@ -112,8 +112,8 @@ class UserRepository:
         if not new:
             return await self.get(user_id)
         values: Mapping[str, object] = {f"new_{field}": value for field, value in new.items()}
-        call = Call(_update_statement(frozenset(new)), values, _one, Repeat.SAME)
-        return await self._executor.perform(user_id, call)
+        operation = Operation(_update_statement(frozenset(new)), values, _one, Retry.IDEMPOTENT)
+        return await self._executor.perform(user_id, operation)
 
     async def delete(self, user_id: str) -> None:
         """Delete the user and, by cascade, all the user's tasks.
@@ -124,7 +124,9 @@ class UserRepository:
             UserNotFoundError: There is no such user.
         """
         user_id = inputs.user_id(user_id)
-        await self._executor.perform(user_id, Call(_DELETE, {}, _found, Repeat.GONE))
+        await self._executor.perform(
+            user_id, Operation(_DELETE, {}, _found, Retry.IDEMPOTENT_DELETE)
+        )
 
 
 def _one(rows: Sequence[Row]) -> UserRecord:

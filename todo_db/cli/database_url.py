@@ -14,7 +14,7 @@ FOLDER: Final = Path(".todo-db")
 
 
 @contextmanager
-def target(messages: Console, *, direct: bool = False) -> Generator[str]:
+def database_url(messages: Console, *, direct: bool = False) -> Generator[str]:
     """Lend the URL of a running database.
 
     Without `DATABASE_URL` that is a PostgreSQL in `.todo-db/`, which runs as long as a command
