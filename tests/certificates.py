@@ -1,4 +1,4 @@
-"""Certificates that live for an hour, or are over already, signed by nobody the system knows."""
+"""Certificates that are valid for an hour or expired, of authorities unknown to the system."""
 
 import shutil
 import ssl
@@ -18,7 +18,7 @@ _HOUR: Final = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class Certificate:
-    """A certificate, and the key that it is for."""
+    """A certificate and its private key."""
 
     certificate: x509.Certificate
     key: ec.EllipticCurvePrivateKey
@@ -29,7 +29,7 @@ class Certificate:
         builder = _for(name, key).add_extension(
             x509.BasicConstraints(ca=True, path_length=None), critical=True
         )
-        # Python asks an authority what its key is for.
+        # Python requires the key usage extension of an authority.
         signs = x509.KeyUsage(
             digital_signature=False,
             content_commitment=False,
@@ -54,17 +54,20 @@ class Certificate:
     def pem(self) -> bytes:
         return self.certificate.public_bytes(_PEM)
 
-    def issue(self, host: str, *, ended: bool = False) -> "Certificate":
-        """Sign a server's certificate."""
+    def issue(
+        self, host: str, *, ended: bool = False, names_its_authority: bool = True
+    ) -> "Certificate":
+        """Sign a server's certificate; without the name of its authority, as old ones are."""
         key = ec.generate_private_key(ec.SECP256R1())
         builder = _for_server(host, key, ended=ended).issuer_name(self.certificate.subject)
-        # And everybody else, whose key has signed theirs.
-        signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
-        builder = builder.add_extension(signer, critical=False)
+        if names_its_authority:
+            # Python requires the identifier of the issuer's key from all other certificates.
+            signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
+            builder = builder.add_extension(signer, critical=False)
         return Certificate(builder.sign(self.key, hashes.SHA256()), key)
 
     def write(self, folder: Path, *, owner: str | None = None) -> tuple[Path, Path]:
-        """Write certificate and key, in files that nobody but `owner` may read."""
+        """Write certificate and key into files that only `owner` may read."""
         secret = self.key.private_bytes(
             _PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
@@ -77,10 +80,10 @@ class Certificate:
         return files
 
     def context(self) -> ssl.SSLContext:
-        """Return what a server shows it with."""
+        """Return a server's SSL context with this certificate."""
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.set_alpn_protocols(["postgresql"])
-        # As PostgreSQL; a ticket would be an answer that nobody waited for.
+        # No session tickets, as in PostgreSQL: a ticket would be an unexpected message.
         context.num_tickets = 0
         with TemporaryDirectory() as folder:
             context.load_cert_chain(*self.write(Path(folder)))

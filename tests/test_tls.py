@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final, Literal, Self, override
+from typing import Final, Literal, Self, override
 from urllib.parse import urlencode
 
 import pytest
@@ -224,10 +224,19 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "ip_address", lambda _address: ip_address("203.0.113.7"))
 
 
+@pytest.fixture
+def home_root(authority: Certificate, tmp_path: Path) -> None:
+    """Have libpq's default file name the authority of the server."""
+    root = tmp_path / ".postgresql" / "root.crt"
+    root.parent.mkdir()
+    root.write_bytes(authority.pem)
+
+
 @pytest.fixture(autouse=True)
 def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No .env and no URL of the developer's."""
+    """No .env, no URL and no certificates of the developer's."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("DATABASE_URL", raising=False)
     monkeypatch.delenv("DIRECT_DATABASE_URL", raising=False)
 
@@ -284,6 +293,32 @@ class TestVerified:
             await engine.dispose()
         assert [is_encrypted(link) for link in between.links] == [True, True]
 
+    async def test_certificate_of_an_old_authority_will_do(
+        self, server: Server, authority: Certificate
+    ) -> None:
+        certificate = authority.issue("localhost", names_its_authority=False)
+        async with (
+            Between(server.port, "upgrades", certificate) as between,
+            Database.from_url(server.tls_url("verify-full", port=between.port)) as db,
+        ):
+            assert (await db.health()).ok
+
+    async def test_first_host_of_a_list_that_answers_and_is_verified_is_taken(
+        self, server: Server
+    ) -> None:
+        with socket.socket() as nobody_listens:
+            nobody_listens.bind(("127.0.0.1", 0))
+            closed: int = nobody_listens.getsockname()[1]
+            async with (
+                Between(server.port, "upgrades", Certificate.self_signed("localhost")) as impostor,
+                Between(impostor.port) as between,
+            ):
+                hosts = f"localhost:{closed},localhost:{between.port},localhost"
+                url = server.tls_url("verify-full", host=hosts, target_session_attrs="read-write")
+                async with Database.from_url(url):
+                    assert await server.encrypted() == [True]
+                assert [bytes(link.heard) for link in impostor.links] == [b""]
+
     async def test_request_to_cancel_is_encrypted_too(self, server: Server) -> None:
         async with Between(server.port) as between:
             url = server.tls_url("verify-full", port=between.port, connect_timeout="5")
@@ -300,14 +335,15 @@ class TestVerified:
         self, server: Server, sslmode: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         made = 0
-        make = ssl.create_default_context
+        name = ssl.SSLContext.set_alpn_protocols
 
-        def counted(*arguments: Any, **keywords: Any) -> ssl.SSLContext:  # noqa: ANN401  # as ssl has it
+        def counted(context: ssl.SSLContext, protocols: list[str]) -> None:
+            # asyncpg would do so too, if it made one.
             nonlocal made
             made += 1
-            return make(*arguments, **keywords)
+            name(context, protocols)
 
-        monkeypatch.setattr(ssl, "create_default_context", counted)
+        monkeypatch.setattr(ssl.SSLContext, "set_alpn_protocols", counted)
         async with Database.from_url(server.tls_url(sslmode), pool_size=4) as db:
             await asyncio.gather(*(db.tasks.count("alice") for _ in range(20)))
             assert await server.encrypted() == [True] * 4
@@ -347,13 +383,28 @@ class TestImpostors:
             assert [is_encrypted(link) for link in between.links] == [True]
             assert [bytes(link.heard) for link in impostor.links] == [b""]
 
-    @pytest.mark.parametrize("sslmode", ["verify-ca", "verify-full"])
-    async def test_T2_system_knows_no_private_authority(self, server: Server, sslmode: str) -> None:
+    async def test_T2_system_knows_no_private_authority(self, server: Server) -> None:
         async with Between(server.port) as between:
-            for root in (None, "theirs"):
-                url = server.tls_url(sslmode, port=between.port, root=root)
-                assert type(await refused(url)) is ConfigurationError
+            url = server.tls_url("verify-full", port=between.port, root=None)
+            for text in (url, f"{url}&sslrootcert=system"):
+                assert type(await refused(text)) is ConfigurationError
         assert [is_encrypted(link) for link in between.links] == [True, True]
+
+    @pytest.mark.usefixtures("home_root")
+    async def test_T2_authority_of_the_home_is_the_only_one_where_it_is_there(
+        self, server: Server, impostors: dict[str, Certificate]
+    ) -> None:
+        for sslmode in ENCRYPTED:
+            url = server.tls_url(sslmode, root=None)
+            async with Database.from_url(url) as db:
+                assert (await db.health()).ok
+            async with (
+                Between(server.port, "upgrades", impostors["self-signed"]) as impostor,
+                Between(impostor.port) as between,
+            ):
+                url = server.tls_url(sslmode, port=between.port, root=None)
+                assert type(await refused(url)) is ConfigurationError
+                assert [bytes(link.heard) for link in impostor.links] == [b""]
 
     async def test_T2_name_is_what_the_url_says_not_what_it_resolves_to(
         self, server: Server
