@@ -16,7 +16,7 @@ TodoDBError
 ├── IsolationError                 a bug or a wrong role, never user input
 ├── SchemaError                    the database is older than this package
 ├── TransactionError
-│   ├── TransactionAbortedError     an earlier statement failed, nothing was committed
+│   ├── TransactionAbortedError    an earlier statement failed, nothing was committed
 │   └── ConcurrentUseError         one transaction in two tasks
 ├── UnavailableError               .retry_after; not applied, safe to try again
 │   ├── PoolExhaustedError
@@ -30,22 +30,28 @@ A message names fields, constraints and SQLSTATEs, never a value, a statement or
 from collections.abc import Callable, Iterator
 from socket import EAI_AGAIN, gaierror
 from ssl import SSLCertVerificationError
-from typing import Final, override
+from typing import ClassVar, Final, override
 
 
 class TodoDBError(Exception):
     """Something went wrong in the data layer.
 
-    The message of a subclass without arguments is the first line of its docstring.
+    Attributes:
+        message: What `str()` returns for an error that was raised without arguments.
     """
+
+    # Not the docstring: `python -OO` removes docstrings.
+    message: ClassVar[str] = "The data layer failed."
 
     @override
     def __str__(self) -> str:
-        return super().__str__() or (self.__doc__ or "").partition("\n")[0]
+        return super().__str__() or self.message
 
 
 class ConfigurationError(TodoDBError):
     """A setting, the URL, the role or the certificate is missing or wrong."""
+
+    message = "A setting, the URL, the role or the certificate is missing or wrong."
 
 
 class InvalidInputError(TodoDBError, ValueError):
@@ -82,41 +88,61 @@ class NotFoundError(TodoDBError):
     probed.
     """
 
+    message = "There is no such row of this user's."
+
 
 class UserNotFoundError(NotFoundError):
     """There is no such user."""
+
+    message = "There is no such user."
 
 
 class TaskNotFoundError(NotFoundError):
     """The user has no such task."""
 
+    message = "The user has no such task."
+
 
 class ConflictError(TodoDBError):
     """The change contradicts what is stored. Map it to HTTP 409."""
+
+    message = "The change contradicts what is stored."
 
 
 class EmailTakenError(ConflictError):
     """Another user has this e-mail address."""
 
+    message = "Another user has this e-mail address."
+
 
 class UsernameTakenError(ConflictError):
     """Another user has this username."""
+
+    message = "Another user has this username."
 
 
 class UserIdTakenError(ConflictError):
     """A user with this id exists."""
 
+    message = "A user with this id exists."
+
 
 class StaleTaskError(ConflictError):
     """The task was changed since it was read: `expected_updated_at` no longer holds."""
+
+    message = "The task was changed since it was read."
 
 
 class IdempotencyKeyReusedError(ConflictError):
     """The idempotency key was used before, with another payload."""
 
+    message = "The idempotency key was used before, with another payload."
+
 
 class NotAuthenticatedError(TodoDBError):
     """The request carries no valid credential. Map it to HTTP 401."""
+
+    message = "The request carries no valid credential."
 
 
 class IsolationError(TodoDBError):
@@ -125,21 +151,31 @@ class IsolationError(TodoDBError):
     Let an operator see it. Map it to HTTP 500.
     """
 
+    message = "The isolation of users was about to be broken."
+
 
 class SchemaError(TodoDBError):
     """The database is not migrated as far as this package needs: run `todo-db migrate`."""
+
+    message = "The database is not migrated as far as this package needs: run `todo-db migrate`."
 
 
 class TransactionError(TodoDBError):
     """The transaction cannot do this."""
 
+    message = "The transaction cannot do this."
+
 
 class TransactionAbortedError(TransactionError):
-    """An earlier statement failed; nothing of this transaction was or will be committed."""
+    """An earlier statement failed; PostgreSQL commits nothing of this transaction."""
+
+    message = "An earlier statement failed or was interrupted: nothing is committed."
 
 
 class ConcurrentUseError(TransactionError):
     """Two tasks used one transaction at the same time. Open one for each."""
+
+    message = "Two tasks used one transaction at the same time."
 
 
 class UnavailableError(TodoDBError):
@@ -152,6 +188,8 @@ class UnavailableError(TodoDBError):
         transient: Whether the package itself tries again before it raises this.
     """
 
+    message = "The database did not take the call. Nothing was applied."
+
     def __init__(
         self, message: str = "", *, retry_after: float = 1.0, transient: bool = False
     ) -> None:
@@ -163,9 +201,13 @@ class UnavailableError(TodoDBError):
 class PoolExhaustedError(UnavailableError):
     """No connection became free within `pool_timeout_seconds`."""
 
+    message = "No connection became free within `pool_timeout_seconds`."
+
 
 class CallTimeoutError(UnavailableError):
     """A lock or a statement took longer than its timeout, and was not applied."""
+
+    message = "A lock or a statement took longer than its timeout, and was not applied."
 
 
 class OutcomeUnknownError(TodoDBError):
@@ -175,6 +217,8 @@ class OutcomeUnknownError(TodoDBError):
     may simply be made again.
     """
 
+    message = "The connection broke during the COMMIT: the change may have been applied or not."
+
 
 # Constraint names are API: tests hold this map against the catalogue of the live database.
 _BY_CONSTRAINT: Final[dict[str, Callable[[], TodoDBError]]] = {
@@ -183,7 +227,7 @@ _BY_CONSTRAINT: Final[dict[str, Callable[[], TodoDBError]]] = {
     "uq_users_username": UsernameTakenError,
     "fk_tasks_user_id_users": UserNotFoundError,
     "fk_idempotency_keys_user_id_users": UserNotFoundError,
-    # Whoever was first has committed by now: the next try finds the key.
+    # The first call has committed by now: the next try finds its key.
     "pk_idempotency_keys": lambda: UnavailableError(
         "another call with the same idempotency key was under way", transient=True
     ),
@@ -209,7 +253,11 @@ def connection_lost() -> UnavailableError:
 # https://www.postgresql.org/docs/current/errcodes-appendix.html; two characters are a class.
 _BY_SQLSTATE: Final[dict[str, Callable[[], TodoDBError]]] = {
     "08": connection_lost,
+    "23503": lambda: ConflictError(
+        "a row that is referenced does not exist, or this row is still referenced"
+    ),
     "23505": ConflictError,
+    "23P01": ConflictError,
     "25006": lambda: TransactionError("a read-only transaction cannot write"),
     "25P02": TransactionAbortedError,
     "25P03": lambda: UnavailableError("the transaction was idle for too long"),
@@ -227,27 +275,47 @@ _BY_SQLSTATE: Final[dict[str, Callable[[], TodoDBError]]] = {
     "57014": lambda: CallTimeoutError("a statement took too long"),
     "57P": lambda: UnavailableError("the database is starting or stopping", transient=True),
 }
+# Values that a column or a CHECK constraint refuses; the field is that column or constraint.
+_INVALID_VALUES: Final = {
+    "22001": "is too long",
+    "22003": "is out of range",
+    "23502": "must not be NULL",
+    "23514": "does not hold",
+}
 
 
 def translated(error: BaseException) -> TodoDBError:
     """Return what a driver's error means, from its SQLSTATE and constraint name alone.
 
-    A server's verdict may hide behind the loss of the connection that followed it, so the
-    causes are asked first, the innermost before the outer ones.
+    The server's error may be the cause of the loss of a connection that followed it, so the
+    innermost cause is read first.
     """
-    if isinstance(error, TodoDBError):
-        return error
-    for cause in reversed(list(_causes(error))):
-        constraint = getattr(cause, "constraint_name", None)
-        if constraint in _BY_CONSTRAINT:
-            return _BY_CONSTRAINT[constraint]()
-        sqlstate = getattr(cause, "sqlstate", None)
-        if isinstance(sqlstate, str):
-            return _from_sqlstate(sqlstate)
-    return _from_kind(error)
+    return (
+        error
+        if isinstance(error, TodoDBError)
+        else _from_server(error) or _from_client(error) or TodoDBError(_unknown(error))
+    )
 
 
-def _from_kind(error: BaseException) -> TodoDBError:
+def translated_if_known(error: BaseException) -> TodoDBError | None:
+    """Return what an error of a caller's own statement means, or None.
+
+    None is for what is wrong with the text of the statement (SQLSTATE class 42, syntax errors and
+    unknown names): the message of SQLAlchemy's error explains it, and no class of ours does.
+    """
+    sqlstate = _sqlstate(error)
+    if sqlstate is not None and sqlstate.startswith("42") and sqlstate != "42501":
+        return None
+    return _from_server(error) or _from_client(error)
+
+
+def is_server_error(error: BaseException) -> bool:
+    """Return whether the server answered with an error, and its session goes on."""
+    sqlstate = _sqlstate(error)
+    return sqlstate is not None and not sqlstate.startswith(("08", "57P"))
+
+
+def _from_client(error: BaseException) -> TodoDBError | None:
     match error:
         case TimeoutError():
             return CallTimeoutError("the database did not answer in time")
@@ -259,17 +327,45 @@ def _from_kind(error: BaseException) -> TodoDBError:
         case OSError():
             return UnavailableError("the database cannot be reached", transient=True)
         case _:
-            return TodoDBError(f"the driver failed with {type(error).__name__}")
+            return None
 
 
-def _from_sqlstate(sqlstate: str) -> TodoDBError:
-    for length in (5, 3, 2):
-        if make := _BY_SQLSTATE.get(sqlstate[:length]):
-            return make()
-    return TodoDBError(f"the database refused a statement (SQLSTATE {sqlstate})")
+def _from_server(error: BaseException) -> TodoDBError | None:
+    for cause in reversed(list(causes(error))):
+        constraint = getattr(cause, "constraint_name", None)
+        if constraint in _BY_CONSTRAINT:
+            return _BY_CONSTRAINT[constraint]()
+        sqlstate = getattr(cause, "sqlstate", None)
+        if not isinstance(sqlstate, str):
+            continue
+        if requirement := _INVALID_VALUES.get(sqlstate):
+            field = getattr(cause, "column_name", None) or constraint or "values"
+            return InvalidInputError(field, requirement)
+        for length in (5, 3, 2):
+            if make := _BY_SQLSTATE.get(sqlstate[:length]):
+                return make()
+        return None
+    return None
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _unknown(error: BaseException) -> str:
+    sqlstate = _sqlstate(error)
+    if sqlstate is None:
+        return f"the driver failed with {type(error).__name__}"
+    return f"the database refused a statement (SQLSTATE {sqlstate})"
+
+
+def _sqlstate(error: BaseException) -> str | None:
+    """Return the SQLSTATE of the innermost cause that has one."""
+    found = None
+    for cause in causes(error):
+        sqlstate = getattr(cause, "sqlstate", None)
+        found = sqlstate if isinstance(sqlstate, str) else found
+    return found
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from, the outermost first."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause
