@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 import pytest_asyncio
 from driver import Connection
-from proxy import GOODBYE, STARTUP, Fault, Proxy, until
+from proxy import STARTUP, TERMINATE, Fault, Proxy, until
 from sqlalchemy import make_url
 
 from todo_db import (
@@ -25,8 +25,7 @@ from todo_db import (
     UnavailableError,
 )
 from todo_db.embedded import LOGIN, EmbeddedPostgres
-from todo_db.engine import Pool, PooledConnection
-from todo_db.engine.pool import _connect_failure
+from todo_db.engine import Pool, PooledConnection, connect_failure
 from todo_db.records import PoolStatus
 
 MARKER: Final = "hunter2"
@@ -48,7 +47,7 @@ async def pool(url: str) -> AsyncGenerator[Pool]:
     """Two connections, both warm."""
     pool = Pool(settings(url))
     for connection in [await pool.acquire(), await pool.acquire()]:
-        await pool.release(connection)
+        pool.release(connection)
     yield pool
     await pool.close()
 
@@ -83,7 +82,7 @@ class TestOrder:
                 connection = await pool.acquire()
                 served.append((task, turn))
                 await connection.driver.execute("SELECT 1")
-                await pool.release(connection)
+                pool.release(connection)
 
         async with asyncio.timeout(20):
             await asyncio.gather(*map(work, range(32)))
@@ -97,13 +96,13 @@ class TestOrder:
         await asyncio.sleep(0)
         assert pool.status.waiting == 2
         first.cancel()
-        await pool.release(connections[0])
+        pool.release(connections[0])
         connections[0] = await second
         with pytest.raises(asyncio.CancelledError):
             await first
         assert pool.status == PoolStatus(size=2, in_use=2, waiting=0)
         for connection in connections:
-            await pool.release(connection)
+            pool.release(connection)
 
 
 class TestExhaustion:
@@ -115,8 +114,8 @@ class TestExhaustion:
                 await pool.acquire()
             assert caught.value.retry_after > 0
         assert pool.status == PoolStatus(size=1, in_use=1, waiting=0)
-        await pool.release(connection)
-        await pool.release(await pool.acquire())
+        pool.release(connection)
+        pool.release(await pool.acquire())
         await pool.close()
 
     async def test_overflow_is_lent_and_closed_afterwards(self, url: str) -> None:
@@ -124,8 +123,9 @@ class TestExhaustion:
         connections = [await pool.acquire(), await pool.acquire()]
         assert pool.status == PoolStatus(size=2, in_use=2, waiting=0)
         for connection in connections:
-            await pool.release(connection)
-        assert [connection.driver.is_closed() for connection in connections] == [False, True]
+            pool.release(connection)
+        await until(connections[1].driver.is_closed)
+        assert not connections[0].driver.is_closed()
         await pool.close()
 
     async def test_status_counts_who_waits(self, pool: Pool) -> None:
@@ -134,11 +134,11 @@ class TestExhaustion:
         waiting = asyncio.create_task(pool.acquire())
         await asyncio.sleep(0)
         assert pool.status == PoolStatus(size=2, in_use=2, waiting=1)
-        await pool.release(connections.pop())
+        pool.release(connections.pop())
         connections.append(await waiting)
         assert pool.status == PoolStatus(size=2, in_use=2, waiting=0)
         for connection in connections:
-            await pool.release(connection)
+            pool.release(connection)
 
 
 class TestGuards:
@@ -148,7 +148,7 @@ class TestGuards:
     async def idle(pool: Pool) -> PooledConnection:
         """Return the connection of the connection that is lent next."""
         connection = await pool.acquire()
-        await pool.release(connection)
+        pool.release(connection)
         return connection
 
     async def test_E7_connection_in_a_transaction_is_not_lent(self, pool: Pool) -> None:
@@ -156,41 +156,43 @@ class TestGuards:
         await dirty.execute("BEGIN; SET LOCAL todo_db.user_id = 'alice'")
         connection = await pool.acquire()
         assert connection.driver is not dirty
-        assert dirty.is_closed()
+        await until(dirty.is_closed)
         assert not connection.driver.is_in_transaction()
-        await pool.release(connection)
+        pool.release(connection)
 
     async def test_F01_closed_connection_is_not_lent(self, pool: Pool) -> None:
         closed = (await self.idle(pool)).driver
         closed.terminate()
         connection = await pool.acquire()
         assert await connection.driver.fetchval("SELECT 1") == 1
-        await pool.release(connection)
+        pool.release(connection)
 
-    async def test_E7_connection_in_a_transaction_is_not_kept(self, pool: Pool) -> None:
+    async def test_E7_connection_in_a_transaction_is_rolled_back(self, pool: Pool) -> None:
         connection = await pool.acquire()
         await connection.driver.execute("BEGIN")
-        await pool.release(connection)
-        assert connection.driver.is_closed()
+        pool.release(connection)
+        assert connection not in pool._idle
+        await until(lambda: connection in pool._idle)
+        assert not connection.driver.is_in_transaction()
         assert pool.status.in_use == 0
 
     async def test_old_connection_is_not_kept(
         self, pool: Pool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         connection = await pool.acquire()
-        monkeypatch.setattr("todo_db.engine.pool._RECYCLE_SECONDS", 0)
-        await pool.release(connection)
-        assert connection.driver.is_closed()
+        monkeypatch.setattr("todo_db.engine.connection._EXPIRES_AFTER_SECONDS", 0)
+        pool.release(connection)
+        await until(connection.driver.is_closed)
 
     async def test_terminated_connection_is_replaced(self, pool: Pool) -> None:
         for _ in range(5):
             connection = await pool.acquire()
             connection.terminate()
-            await pool.release(connection)
+            pool.release(connection)
         connections = [await pool.acquire(), await pool.acquire()]
         for connection in connections:
             assert await connection.driver.fetchval("SELECT 1") == 1
-            await pool.release(connection)
+            pool.release(connection)
 
 
 class TestConnecting:
@@ -288,7 +290,7 @@ class TestConnectingAgain:
     async def test_until_the_server_is_there(self, proxy: Proxy) -> None:
         proxy.break_at(STARTUP, Fault.CUT_BEFORE, times=4)
         pool = Pool(settings(proxy.url, connect_retry_seconds=20, retry_attempts=2))
-        await pool.release(await pool.acquire())
+        pool.release(await pool.acquire())
         assert proxy.connections == 5
         await pool.close()
 
@@ -347,9 +349,9 @@ class TestLongIdle:
         """Two connections that have been idle for long, by way of a proxy."""
         pool = Pool(settings(proxy.url))
         for connection in [await pool.acquire(), await pool.acquire()]:
-            await pool.release(connection)
-        monkeypatch.setattr("todo_db.engine.pool._PING_AFTER_SECONDS", 0.0)
-        monkeypatch.setattr("todo_db.engine.pool._PING_SECONDS", 0.2)
+            pool.release(connection)
+        monkeypatch.setattr("todo_db.engine.connection._PING_AFTER_SECONDS", 0.0)
+        monkeypatch.setattr("todo_db.engine.connection._PING_SECONDS", 0.2)
         yield pool, proxy
         await pool.close()
 
@@ -358,15 +360,15 @@ class TestLongIdle:
     ) -> None:
         pool, proxy = rested
         before = proxy.round_trips
-        await pool.release(await pool.acquire())
+        pool.release(await pool.acquire())
         assert proxy.round_trips == before + 1
         assert proxy.connections == 2
 
     async def test_connection_in_use_is_not_asked(self, proxy: Proxy) -> None:
         database_through_proxy = Pool(settings(proxy.url))
-        await database_through_proxy.release(await database_through_proxy.acquire())
+        database_through_proxy.release(await database_through_proxy.acquire())
         before = proxy.round_trips
-        await database_through_proxy.release(await database_through_proxy.acquire())
+        database_through_proxy.release(await database_through_proxy.acquire())
         assert proxy.round_trips == before
         await database_through_proxy.close()
 
@@ -383,7 +385,7 @@ class TestLongIdle:
         other = await pool.acquire()
         assert proxy.connections == 2 + 1 + 2
         for taken in (connection, other):
-            await pool.release(taken)
+            pool.release(taken)
 
     async def test_cancelled_while_it_asks_gives_the_place_back(
         self, rested: tuple[Pool, Proxy]
@@ -397,7 +399,7 @@ class TestLongIdle:
             await asking
         assert pool.status == PoolStatus(2, 0, 0)
         for connection in [await pool.acquire(), await pool.acquire()]:
-            await pool.release(connection)
+            pool.release(connection)
 
 
 class TestRefusals:
@@ -413,11 +415,14 @@ class TestRefusals:
             ("server login has been failing, cached error: connect failed", True),
             ("query_wait_timeout", True),
             ("bouncer config error", True),
+            # Its server went away at once; the parameters are those of the login, and right.
+            ("server connection closed", True),
+            ("invalid server parameter", True),
         ],
     )
     def test_P3_P5_P9_what_passes_is_told_from_what_stays(self, text: str, passes: bool) -> None:  # noqa: FBT001
         refusal = asyncpg.ProtocolViolationError(text)
-        failure = _connect_failure(refusal, make_url("postgresql://alice@localhost/todo"))
+        failure = connect_failure(refusal, make_url("postgresql://alice@localhost/todo"))
         assert type(failure) is (UnavailableError if passes else ConfigurationError)
         assert text not in str(failure)
 
@@ -483,14 +488,14 @@ class TestClose:
     async def test_leaves_no_connection_behind(self, pool: Pool) -> None:
         connections = [await pool.acquire(), await pool.acquire()]
         for connection in connections:
-            await pool.release(connection)
+            pool.release(connection)
         await pool.close()
         assert all(connection.driver.is_closed() for connection in connections)
 
     async def test_leaves_no_connection_behind_when_it_is_cancelled(self, pool: Pool) -> None:
         connections = [await pool.acquire(), await pool.acquire()]
         for connection in connections:
-            await pool.release(connection)
+            pool.release(connection)
         for turns in range(1, 6):
             closing = asyncio.create_task(pool.close())
             for _ in range(turns):
@@ -505,7 +510,7 @@ class TestClose:
         closing = asyncio.create_task(pool.close())
         assert await connection.driver.fetchval("SELECT 1") == 1
         assert not closing.done()
-        await pool.release(connection)
+        pool.release(connection)
         await closing
         assert connection.driver.is_closed()
 
@@ -514,28 +519,37 @@ class TestClose:
         connection = await pool.acquire()
         await pool.close()
         assert await connection.driver.fetchval("SELECT 1") == 1
-        await pool.release(connection)
+        pool.release(connection)
         assert connection.driver.is_closed()
 
     async def test_A9_peer_that_does_not_say_goodbye_is_left(self, proxy: Proxy) -> None:
         pool = Pool(settings(proxy.url))
         connections = [await pool.acquire() for _ in range(2)]
         for connection in connections:
-            await pool.release(connection)
-        proxy.break_at(GOODBYE, Fault.HANG, times=2)
+            pool.release(connection)
+        proxy.break_at(TERMINATE, Fault.HANG, times=2)
         async with asyncio.timeout(4):
             await pool.close()
         assert all(connection.driver.is_closed() for connection in connections)
 
-    async def test_nothing_is_kept_afterwards(self, pool: Pool) -> None:
+    async def test_refuses_callers_afterwards(self, pool: Pool) -> None:
         await pool.close()
+        with pytest.raises(ConfigurationError, match="closed"):
+            await pool.acquire()
+
+    async def test_refuses_callers_who_were_in_the_queue(self, url: str) -> None:
+        pool = Pool(settings(url, pool_size=1, pool_timeout_seconds=0.2))
         connection = await pool.acquire()
-        assert await connection.driver.fetchval("SELECT 1") == 1
-        await pool.release(connection)
-        assert connection.driver.is_closed()
+        waiting = asyncio.create_task(pool.acquire())
+        await asyncio.sleep(0.1)
+        closing = asyncio.create_task(pool.close())
+        with pytest.raises((ConfigurationError, PoolExhaustedError)):
+            await waiting
+        await closing
+        pool.release(connection)
 
     async def test_twice_at_once_is_once(self, pool: Pool) -> None:
-        await pool.release(await pool.acquire())
+        pool.release(await pool.acquire())
         async with asyncio.timeout(10):
             await asyncio.gather(pool.close(), pool.close())
         assert pool.status.in_use == 0

@@ -44,14 +44,14 @@ DEFAULTS = {
     "idle_in_transaction_timeout_seconds": 10.0,
     "retry_attempts": 5,
     "retry_timeout_seconds": 20.0,
-    "prepared_statements": True,
+    "prepared_statements": None,
 }
-# Neither the default nor each other's.
+# Each value differs from the default and from the other values.
 OTHERS = {
-    name: f"value-{name}"
+    name: False
+    if name == "prepared_statements"
+    else f"value-{name}"
     if default is None
-    else not default
-    if default is True
     else type(default)(3 - 2 * (default == 3))
     for name, default in DEFAULTS.items()
 }
@@ -61,7 +61,7 @@ SECONDS = tuple(name for name in DEFAULTS if name.endswith("_seconds"))
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, and an environment that sets nothing."""
+    """An empty working directory, and an environment without settings."""
     monkeypatch.chdir(tmp_path)
     for variable in VARIABLES.values():
         monkeypatch.delenv(variable, raising=False)
@@ -75,7 +75,7 @@ def plain(settings: Settings) -> dict[str, object]:
     }
 
 
-def assert_says_nothing(error: BaseException) -> None:
+def assert_reveals_nothing(error: BaseException) -> None:
     assert isinstance(error, ConfigurationError)
     assert "swordfish" not in f"{error} {error!r} {error.args}"
     assert error.__cause__ is None
@@ -192,7 +192,7 @@ class TestRefusal:
     def test_names_the_setting_without_its_value(self, name: str, value: object) -> None:
         with pytest.raises(ConfigurationError, match=name) as caught:
             Settings(**{name: value})
-        assert_says_nothing(caught.value)
+        assert_reveals_nothing(caught.value)
 
     def test_names_a_variable_without_its_value(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -201,7 +201,7 @@ class TestRefusal:
         monkeypatch.setenv("TODO_DB_POOL_SIZE", URL)
         with pytest.raises(ConfigurationError) as caught:
             Settings()
-        assert_says_nothing(caught.value)
+        assert_reveals_nothing(caught.value)
         sentences = str(caught.value).split("; ")
         assert [sentence.partition(": Input should")[0] for sentence in sentences] == [
             "pool_size",
@@ -211,13 +211,13 @@ class TestRefusal:
     def test_names_an_unknown_argument_without_its_value(self) -> None:
         with pytest.raises(ConfigurationError, match=r"database_uri, poolsize$") as caught:
             Settings(poolsize=7, database_uri=URL, pool_size=7)
-        assert_says_nothing(caught.value)
+        assert_reveals_nothing(caught.value)
 
     def test_an_env_file_that_is_no_utf_8(self, folder: Path) -> None:
         (folder / ".env").write_bytes(b"DATABASE_URL=postgresql://alice:\xf6swordfish@db/todo\n")
         with pytest.raises(ConfigurationError) as caught:
             Settings()
-        assert_says_nothing(caught.value)
+        assert_reveals_nothing(caught.value)
 
     def test_a_database_without_a_url(self) -> None:
         with pytest.raises(ConfigurationError, match="DATABASE_URL"):
@@ -237,7 +237,7 @@ class TestRefusal:
     def test_a_database_with_a_bad_url(self, url: str) -> None:
         with pytest.raises(ConfigurationError) as caught:
             Database.from_url(url)
-        assert_says_nothing(caught.value)
+        assert_reveals_nothing(caught.value)
 
 
 class TestFrozen:
@@ -259,7 +259,7 @@ class TestFrozen:
             Settings().database_url = URL  # type: ignore[assignment]
         assert "swordfish" not in f"{caught.value} {caught.value!r}"
 
-    def test_can_be_told_apart(self) -> None:
+    def test_can_be_compared(self) -> None:
         assert Settings(database_url=URL) == Settings(database_url=URL)
         assert Settings(database_url=URL) != Settings()
 

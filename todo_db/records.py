@@ -1,4 +1,4 @@
-"""What comes out of a repository: plain, frozen, detached from any session."""
+"""The results of a repository: frozen dataclasses, not attached to any session."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -6,7 +6,7 @@ from datetime import datetime
 
 @dataclass(frozen=True, slots=True)
 class UserRecord:
-    """One row of `users`. Moments are aware and in UTC."""
+    """One row of `users`. Timestamps are aware and in UTC."""
 
     id: str
     email: str
@@ -20,11 +20,11 @@ class UserRecord:
 
 @dataclass(frozen=True, slots=True)
 class TaskRecord:
-    """One row of `tasks`. Moments are aware and in UTC.
+    """One row of `tasks`. Timestamps are aware and in UTC.
 
-    `id` is unique and never used again, and increases in the order of allocation, which under
-    concurrency is not the order of commits. Gaps are normal. `updated_at` grows with every real
-    change and serves as the version for `expected_updated_at`.
+    `id` is unique and never used again. Ids increase in the order of allocation, which under
+    concurrency is not the order of commits, and they have gaps. `updated_at` grows with every real
+    change; pass it as `expected_updated_at` to use it as a version.
     """
 
     id: int
@@ -38,7 +38,7 @@ class TaskRecord:
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """The connections of one `Database`, counted in this process."""
+    """Numbers of connections of one `Database`, in this process."""
 
     size: int
     in_use: int
@@ -47,14 +47,17 @@ class PoolStatus:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What `Database.health` saw.
+    """The result of `Database.health`.
 
     Attributes:
         ok: Whether the database answered and has every migration this package needs.
-        latency_seconds: For one transaction of three round trips, once connected.
-        server_version: As PostgreSQL says it, such as `18.4`.
-        revision: The migration the database is at.
+        latency_seconds: The time of one read, without connecting.
+        server_version: PostgreSQL's version, such as `18.4`.
+        revision: The last migration of the database.
         is_current: Whether that is at least the migration this package needs.
+        round_trips: Of a single call once it is prepared: 1, or 3 in a transaction of its own; one
+            more where no prepared statements are kept. None before the database was opened.
+        form_reason: Why a single call is in one trip, or not.
         pool: The state of the connection pool.
         problem: The name of the error class when `ok` is false.
     """
@@ -64,5 +67,7 @@ class Health:
     server_version: str | None
     revision: str | None
     is_current: bool
+    round_trips: int | None
+    form_reason: str | None
     pool: PoolStatus
     problem: str | None

@@ -36,12 +36,14 @@ class Settings(BaseSettings):
             against a peer that vanished; keep it above `statement_timeout_seconds`.
         statement_timeout_seconds: When the server gives a statement up.
         lock_timeout_seconds: When the server gives waiting for a lock up.
-        idle_in_transaction_timeout_seconds: When the server ends a transaction nobody uses.
+        idle_in_transaction_timeout_seconds: When the server ends a transaction that sends nothing.
         retry_attempts: Tries of a call that is known not to have been applied, the first
             included. 1 turns all retries off, those of connecting as well.
         retry_timeout_seconds: How long after the first try failed another one may begin.
-        prepared_statements: Keep prepared statements on each connection. Needs PostgreSQL
-            itself, or PgBouncer 1.21 or later; off costs one round trip a call.
+        prepared_statements: Keep prepared statements on each connection. By default `open` finds
+            out whether a pooler tracks them (PgBouncer 1.21 or later, with
+            `max_prepared_statements` above 0), and turns them off if not. Off costs one round trip
+            more for each statement.
     """
 
     model_config: ClassVar[SettingsConfigDict] = SettingsConfigDict(
@@ -76,7 +78,7 @@ class Settings(BaseSettings):
     idle_in_transaction_timeout_seconds: _Seconds = 10.0
     retry_attempts: int = Field(default=5, ge=1, le=5)
     retry_timeout_seconds: _Seconds = 20.0
-    prepared_statements: bool = True
+    prepared_statements: bool | None = None
 
     def __init__(self, **values: Any) -> None:  # noqa: ANN401  # pydantic checks each value
         # `.env` may hold other programs' variables, so pydantic has to ignore what it does not

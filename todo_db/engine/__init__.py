@@ -1,6 +1,16 @@
-"""The `AsyncEngine`, its pool and its URL: the only place that knows Neon and the pooler."""
+"""The connections, and the URL that says where they go."""
 
-from todo_db.engine.pool import Pool, PooledConnection, create_direct_engine
+from todo_db.engine.connection import PooledConnection, connect_failure, create_direct_engine
+from todo_db.engine.driver import transport
+from todo_db.engine.pool import Pool
 from todo_db.engine.url import Endpoint, parse_url
 
-__all__ = ["Endpoint", "Pool", "PooledConnection", "create_direct_engine", "parse_url"]
+__all__ = [
+    "Endpoint",
+    "Pool",
+    "PooledConnection",
+    "connect_failure",
+    "create_direct_engine",
+    "parse_url",
+    "transport",
+]

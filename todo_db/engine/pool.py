@@ -1,390 +1,497 @@
-"""The connections: who makes them, who keeps them, and who has one."""
+"""The pool: who waits for a connection, who gets one, and which are kept."""
 
 import asyncio
+import copy
 import logging
-import re
-import time
+from collections import deque
 from collections.abc import Coroutine
-from pathlib import Path
+from dataclasses import dataclass
+from math import inf
+from random import uniform
 from secrets import token_hex
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import asyncpg
-import stamina
-from sqlalchemy import URL, Connection, NullPool
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import PoolProxiedConnection
-from sqlalchemy.util import greenlet_spawn
 
+from todo_db.engine.connection import PooledConnection, create_pool_engine
 from todo_db.engine.url import parse_url
-from todo_db.errors import (
-    ConfigurationError,
-    PoolExhaustedError,
-    TodoDBError,
-    UnavailableError,
-    translated,
-)
+from todo_db.errors import ConfigurationError, PoolExhaustedError, TodoDBError, UnavailableError
 from todo_db.records import PoolStatus
 from todo_db.settings import Settings
 
-_RECYCLE_SECONDS: Final = 1800.0
-_CLOSE_SECONDS: Final = 2.0
-_CANCEL_SECONDS: Final = 2.0
-# A peer that vanished without a word is found out by asking. A timer would ask more often, and
-# keep Neon's compute awake.
-_PING_AFTER_SECONDS: Final = 60.0
-_PING_SECONDS: Final = 2.0
-# PgBouncer has one SQLSTATE, 08P01, for whatever it refuses; these will pass.
-_TRANSIENT_POOLER_MESSAGES: Final = re.compile(
-    "no more connections allowed|server login has been failing|query_wait_timeout"
-    "|cannot connect to server|shutting down|bouncer config error"
-)
-# What asyncpg says, by an error that has no other sign, when a server has no TLS.
-_NO_TLS: Final = "rejected SSL upgrade"
+# A cold start of many callers opens this many connections at a time, and one at a time while the
+# server does not answer.
+_MAX_CONNECTING: Final = 3
+_FIRST_DELAY_SECONDS: Final = 0.05
+_MAX_DELAY_SECONDS: Final = 2.0
 
-_LOGGER: Final = "todo_db"
-_logger: Final = logging.getLogger(_LOGGER)
-
-# SQLAlchemy's own loggers write SQL, rows and the server's messages. These are only ours, so the
-# level that an application sets for its own engines does not reach them.
-for _name in ("sqlalchemy.engine.Engine", "sqlalchemy.pool.impl.NullPool"):
-    logging.getLogger(f"{_name}.{_LOGGER}").setLevel(logging.WARNING)
+_logger: Final = logging.getLogger("todo_db")
 
 
-def create_direct_engine(url: str, settings: Settings) -> AsyncEngine:
-    """Return an engine for migrations and tests: no pooler, no pool, no role, no guards."""
-    endpoint = parse_url(url).direct()
-    return create_async_engine(
-        endpoint.url,
-        poolclass=NullPool,
-        hide_parameters=True,
-        logging_name=_LOGGER,
-        pool_logging_name=_LOGGER,
-        connect_args={"timeout": settings.connect_timeout_seconds} | endpoint.connect_args(),
-    )
-
-
-class PooledConnection:
-    """A connection of the pool, lent to one unit of work at a time.
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    """A caller of `acquire` in the queue.
 
     Attributes:
-        driver: asyncpg's connection, outside any transaction.
+        connection: What it waits for.
+        task: What it runs in.
+        queue_until: When it gives up if all connections are in use.
+        connect_until: When it gives up if no connection can be made.
     """
 
-    __slots__ = ("_engine", "_fairy", "_opened", "_pool", "_terminated", "_used", "driver")
-
-    def __init__(self, pool: "Pool", engine: AsyncEngine, fairy: PoolProxiedConnection) -> None:
-        self._pool = pool
-        self._engine = engine
-        self._fairy = fairy
-        self._terminated = False
-        self._opened = self._used = time.monotonic()
-        self.driver = cast("asyncpg.Connection[asyncpg.Record]", fairy.driver_connection)
-
-    @property
-    def is_reusable(self) -> bool:
-        """Whether it is connected and outside any transaction, as far as the client knows."""
-        return not (self._terminated or self.driver.is_closed() or self.driver.is_in_transaction())
-
-    @property
-    def is_expired(self) -> bool:
-        """Whether it has served long enough."""
-        return time.monotonic() - self._opened > _RECYCLE_SECONDS
-
-    @property
-    def needs_ping(self) -> bool:
-        """Whether nobody has used it for so long that its peer may be gone unnoticed."""
-        return time.monotonic() - self._used > _PING_AFTER_SECONDS
-
-    def touch(self) -> None:
-        """Note that nobody uses it from now on."""
-        self._used = time.monotonic()
-
-    async def ping(self) -> bool:
-        """Ask the server for a sign of life: one round trip."""
-        try:
-            await self.driver.execute("SELECT 1", timeout=_PING_SECONDS)
-        except Exception as error:  # noqa: BLE001  # whatever it is, it did not answer
-            _logger.info("an idle connection was gone: %s", type(error).__name__)
-            return False
-        return True
-
-    @property
-    def transport(self) -> asyncio.BaseTransport:
-        """The line to the server, to be judged by what it is."""
-        return cast("asyncio.BaseTransport", cast("Any", self.driver)._transport)  # noqa: SLF001  # the driver has no other way
-
-    @property
-    def statement_suffix(self) -> str:
-        """What has to stand behind every statement; see `invalidate_statements`."""
-        return self._pool.statement_suffix
-
-    def invalidate_statements(self) -> None:
-        """Have every statement prepared anew, on all connections, under another text.
-
-        After a change of the schema a prepared statement fails, or worse, is read by its old
-        description. PgBouncer keeps one for each text, for good, and nobody on Neon can make it
-        forget; so the text has to change.
-        """
-        self._pool.statement_suffix = f" /* {token_hex(4)} */"
-
-    def terminate(self) -> None:
-        """Cut the connection, because nobody knows what state it is in. Does not wait.
-
-        If the driver is about to tell the server that a statement was given up, that is let
-        happen first, in the background: the server would go on with it, and hold its locks, and a
-        pooler passes the word on only as long as the connection is there.
-        """
-        if self._terminated:
-            return
-        self._terminated = True
-        if telling := set(cast("Any", self.driver)._cancellations):  # noqa: SLF001  # the driver has no other way
-            self._pool.recover_later(self._recover(telling))
-        else:
-            self._discard()
-
-    async def _recover(self, telling: set[asyncio.Task[None]]) -> None:
-        try:
-            await asyncio.wait(telling, timeout=_CANCEL_SECONDS)
-        finally:
-            self._discard()
-
-    def _discard(self) -> None:
-        self.driver.terminate()
-        if self._fairy.is_valid:
-            self._fairy.invalidate()
-        self._fairy.close()
-
-    async def close(self) -> None:
-        """Say goodbye to the server, and drop the connection."""
-        try:
-            await self.driver.close(timeout=_CLOSE_SECONDS)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            _logger.info("a connection broke while it was closed: %s", type(error).__name__)
-        finally:
-            self.terminate()
-
-    def sqlalchemy(self) -> AsyncConnection:
-        """Return SQLAlchemy's view of it, which sends no BEGIN and no COMMIT of its own."""
-        sync = Connection(self._engine.sync_engine, connection=self._fairy)
-        return AsyncConnection(self._engine, sync)
+    connection: asyncio.Future[PooledConnection]
+    task: object
+    queue_until: float
+    connect_until: float
 
 
 class Pool:
     """The connections of one `Database` on one event loop.
 
-    The engine makes them, and they are kept here. SQLAlchemy's own queue hands a connection to
-    whoever asks at the right moment, which starves others under load, and enters a greenlet on
-    both ways, which costs more than the driver's own work
-    (`docs/decisions/0001-own-pool.md`). Here callers wait in the order in which they came, and
-    the connection that was used last is used next, so that few stay warm and the others rest.
+    Callers wait in the order in which they came. The connection that was used last is used next,
+    so that its prepared statements are used and the others can expire.
+
+    Only tasks of the pool connect, recover and close connections. A caller who is cancelled
+    therefore never wastes a connection that is being made, and a connection counts against the
+    size of the pool until it is closed (`docs/decisions/0010-pool-tasks.md`).
+
+    Attributes:
+        begin_seconds: How long a BEGIN may take, behind a pooler that has no server yet.
+        retries_connecting: Whether attempts to connect are repeated.
+        keeps_statements: Whether its connections keep prepared statements.
+        has_pooler: Whether a pooler stands before the server, as `Database.open` found.
+        statement_suffix: What stands behind every statement; see `invalidate_statements`.
     """
 
     def __init__(self, settings: Settings) -> None:
         if settings.database_url is None:
             raise ConfigurationError("DATABASE_URL is not set")
-        endpoint = parse_url(settings.database_url.get_secret_value())
-        self._engine = create_async_engine(
-            endpoint.url,
-            poolclass=NullPool,
-            # Transactions are ours. Said once for the engine: said for a connection, it would be
-            # undone and said again, and remembered each time.
-            isolation_level="AUTOCOMMIT",
-            hide_parameters=True,
-            logging_name=_LOGGER,
-            pool_logging_name=_LOGGER,
-            connect_args=_connect_args(settings) | endpoint.connect_args(),
+        self._settings = settings
+        self._endpoint = parse_url(settings.database_url.get_secret_value())
+        self.begin_seconds: Final = min(
+            settings.connect_timeout_seconds, settings.command_timeout_seconds
         )
         self._max_idle = settings.pool_size
         self._size = settings.pool_size + settings.max_overflow
         self._timeout = settings.pool_timeout_seconds
-        self._connect_seconds = settings.connect_retry_seconds
-        self._retries = settings.retry_attempts > 1 and settings.connect_retry_seconds > 0
-        self._free = asyncio.Semaphore(self._size)
+        self.retries_connecting: Final = (
+            settings.retry_attempts > 1 and settings.connect_retry_seconds > 0
+        )
+        # Without retries, the failure of one attempt ends the waiting.
+        self._connect_seconds = settings.connect_retry_seconds if self.retries_connecting else inf
         self._idle: list[PooledConnection] = []
-        self._in_use = 0
-        self._waiting = 0
-        self._recovering: set[asyncio.Task[None]] = set()
+        self._lent: set[PooledConnection] = set()
+        self._waiters: deque[_Waiter] = deque()
+        self._total = 0
+        self._proving = 0
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._failures = 0
+        self._failure: TodoDBError | None = None
+        self._next_attempt = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._drained = asyncio.Event()
         self._open = True
-        self._closing = asyncio.Lock()
+        self._generation = 0
         self.statement_suffix = ""
+        self.keeps_statements = (
+            not self._endpoint.assumes_untracked_pooler
+            if settings.prepared_statements is None
+            else settings.prepared_statements
+        )
+        self.has_pooler = False
+        self._create_engine()
 
     @property
     def status(self) -> PoolStatus:
-        """How many connections there may be, are lent, and are waited for."""
-        return PoolStatus(self._size, self._in_use, self._waiting)
+        """How many connections there may be, are in use, and are waited for."""
+        return PoolStatus(self._size, len(self._lent), len(self._waiters))
 
-    async def acquire(self) -> PooledConnection:
-        """Lend a connection; wait for one, first come, first served.
+    def is_pooled(self, *, told_pid: int, server_pid: int) -> bool:
+        """Whether a pooler stands before the server.
 
-        A connection that has to be made is tried for until `connect_retry_seconds` are over;
-        nothing of the caller's has been sent by then, so that is always safe.
+        Args:
+            told_pid: The process id that came with the login (BackendKeyData).
+            server_pid: What the server says (`pg_backend_pid()`).
+        """
+        if self._endpoint.is_neon:
+            # Neon's proxy has a process id of its own, pooled or not.
+            return self._endpoint.is_pooled
+        return server_pid != told_pid
+
+    def invalidate_statements(self) -> None:
+        """Have every statement prepared anew, on all connections, under another text.
+
+        After a change of the schema a prepared statement fails, or its rows are read by the old
+        description. PgBouncer keeps one statement for each text until it restarts, and users of
+        Neon cannot make it forget one; so the text has to change.
+        """
+        self.statement_suffix = f" /* {token_hex(4)} */"
+
+    def forget_statements(self) -> None:
+        """Keep no prepared statements from now on, behind a pooler that does not track them.
+
+        Connections that keep some are replaced. If the setting says to keep them, they are kept.
+        """
+        if self._settings.prepared_statements is not None or not self.keeps_statements:
+            return
+        _logger.warning(
+            "the pooler does not track prepared statements (or pools by session): they are off, "
+            "and each statement costs one round trip more; set max_prepared_statements of "
+            "PgBouncer above 0, or TODO_DB_PREPARED_STATEMENTS"
+        )
+        self.keeps_statements = False
+        self._generation += 1
+        self._create_engine()
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            self._spawn(self._close(connection), self._tasks)
+
+    def stale_statement(self, error: Exception) -> UnavailableError:
+        """Have statements prepared anew after one failed, and return what the failure means."""
+        self.invalidate_statements()
+        if not self.has_pooler or not isinstance(error, asyncpg.InvalidSQLStatementNameError):
+            return UnavailableError("a prepared statement was out of date", transient=True)
+        # The pooler sent it to a server connection that it was not prepared on.
+        self.forget_statements()
+        return UnavailableError(
+            "the pooler does not track prepared statements: set max_prepared_statements of "
+            "PgBouncer above 0, or TODO_DB_PREPARED_STATEMENTS=false",
+            transient=True,
+        )
+
+    async def acquire(self, since: float | None = None) -> PooledConnection:
+        """Wait for a connection, first come, first served.
+
+        Connecting is tried until `connect_retry_seconds` after `since` are over. Nothing of the
+        caller's has been sent by then, so that is always safe.
+
+        Args:
+            since: When the caller began to wait, by the clock of the loop; now by default.
 
         Raises:
-            PoolExhaustedError: None became free in time.
+            PoolExhaustedError: No connection became free in time.
             ConfigurationError: The URL, the login or the certificate is wrong. Raised at once.
             UnavailableError: The database cannot be reached. Not worth trying again soon.
         """
-        await self._wait()
+        if self._idle and not self._waiters and self._failure is None:
+            connection = self._idle[-1]
+            if self._is_current(connection) and not connection.needs_ping:
+                return self._lend(self._idle.pop(), asyncio.current_task())
+        if not self._open:
+            raise ConfigurationError("the database was closed")
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        waiter = _Waiter(
+            connection=loop.create_future(),
+            task=asyncio.current_task(),
+            queue_until=now + self._timeout,
+            connect_until=(now if since is None else since) + self._connect_seconds,
+        )
+        self._waiters.append(waiter)
+        self._raise_if_deadlocked(waiter)
+        self._serve()
+        first = min(waiter.queue_until, waiter.connect_until)
+        timer = loop.call_at(first, self._give_up, waiter)
         try:
-            connection = await self._last_used() or await self._connect()
+            return await waiter.connection
         except BaseException:
-            self._free.release()
+            self._leave(waiter)
             raise
-        self._in_use += 1
-        return connection
-
-    async def release(self, connection: PooledConnection) -> None:
-        """Take a connection back, and let the next one in the line have it.
-
-        Waits only to close a sound connection that is not kept.
-        """
-        self._in_use -= 1
-        try:
-            if not connection.is_reusable:
-                connection.terminate()
-            elif self._open and len(self._idle) < self._max_idle and not connection.is_expired:
-                connection.touch()
-                self._idle.append(connection)
-            else:
-                await connection.close()
         finally:
-            self._free.release()
+            timer.cancel()
 
-    def recover_later(self, cut: Coroutine[Any, Any, None]) -> None:
-        """Run what cuts a connection, which is no longer counted; `close` waits for it."""
-        task = asyncio.get_running_loop().create_task(cut)
-        self._recovering.add(task)
-        task.add_done_callback(self._recovering.discard)
+    def release(self, connection: PooledConnection) -> None:
+        """Take a connection back, and give it to the first caller in the queue.
+
+        Does not wait: what has to be recovered or closed is, by a task of the pool, and counts
+        until then.
+        """
+        self._take_back(connection)
+        if connection.driver.is_closed() or not self._open:
+            self._discard(connection)
+        elif connection.is_reusable:
+            self._keep(connection)
+        else:
+            self._spawn(self._recover(connection), self._tasks)
+
+    def reject(self, connection: PooledConnection, failure: TodoDBError) -> None:
+        """Take back a connection whose BEGIN failed as connecting can fail.
+
+        Until a connection is proven by a round trip, the pool takes the database to be down.
+        """
+        self._note_failure(failure)
+        connection.is_state_known = False
+        self.release(connection)
 
     async def close(self) -> None:
-        """Close all connections, once they are back, for good.
+        """Close all connections, for good.
 
-        Waits for those that are lent as long as a caller waits for one. What comes back later
+        Waits for those that are in use, as long as a caller waits for one. What is released later
         is closed then.
         """
-        async with self._closing:
-            taken = 0
-            try:
+        try:
+            if self._lent or self._waiters:
+                self._drained.clear()
                 async with asyncio.timeout(self._timeout):
-                    while taken < self._size:
-                        await self._free.acquire()
-                        taken += 1
-            except TimeoutError:
-                _logger.warning("closed while %d connections were in use", self._in_use)
-            finally:
-                for _ in range(taken):
-                    self._free.release()
-                self._open = False
-                idle, self._idle = self._idle, []
-                try:
-                    await asyncio.gather(
-                        *(connection.close() for connection in idle), *self._recovering
-                    )
-                finally:
-                    for connection in idle:
-                        connection.terminate()
-
-    async def _last_used(self) -> PooledConnection | None:
-        while self._idle:
-            connection = self._idle.pop()
-            # The server may have closed it meanwhile; asking the client costs no round trip.
-            if not connection.is_reusable or connection.is_expired:
-                connection.terminate()
-                continue
+                    await self._drained.wait()
+        except TimeoutError:
+            _logger.warning("closed while %d connections were in use", len(self._lent))
+        finally:
+            self._open = False
+            self._fail_waiters(ConfigurationError("the database was closed"))
+            for task in self._connecting:
+                task.cancel()
+            idle, self._idle = self._idle, []
             try:
-                if not connection.needs_ping or await connection.ping():
-                    return connection
+                await asyncio.gather(
+                    *(self._close(connection) for connection in idle),
+                    *self._tasks,
+                    *self._connecting,
+                    return_exceptions=True,
+                )
+            finally:
+                for connection in idle:
+                    connection.terminate()
+
+    def abandon(self) -> None:
+        """Close the sockets of a pool whose event loop has ended."""
+        for connection in (*self._idle, *self._lent):
+            connection.terminate()
+
+    def _create_engine(self) -> None:
+        self._engine = create_pool_engine(
+            self._endpoint, self._settings, prepared_statements=self.keeps_statements
+        )
+
+    def _is_current(self, connection: PooledConnection) -> bool:
+        """Whether it may be used as it is; asking the client costs no round trip."""
+        return (
+            connection.is_reusable
+            and not connection.is_expired
+            and connection.generation == self._generation
+        )
+
+    # Callers
+
+    def _lend(self, connection: PooledConnection, task: object) -> PooledConnection:
+        connection.holder = task
+        self._lent.add(connection)
+        return connection
+
+    def _take_back(self, connection: PooledConnection) -> None:
+        connection.holder = None
+        self._lent.discard(connection)
+        if not self._lent and not self._waiters:
+            self._drained.set()
+
+    def _leave(self, waiter: _Waiter) -> None:
+        """Take a caller out of the queue who was cancelled or got an error."""
+        future = waiter.connection
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
+        if not future.cancelled() and future.exception() is None:
+            # It was cancelled after the connection was given to it, and before it ran again.
+            self.release(future.result())
+        elif not self._lent and not self._waiters:
+            self._drained.set()
+
+    def _give_up(self, waiter: _Waiter) -> None:
+        """Fail a caller whose time is over, by what it waits for: a connect, or a release."""
+        if waiter.connection.done():
+            return
+        loop = asyncio.get_running_loop()
+        deadline = waiter.connect_until if self._connecting else waiter.queue_until
+        if loop.time() < deadline:
+            # Again before the deadline, which can be infinite: a timer keeps its waiter.
+            loop.call_at(min(deadline, loop.time() + self._timeout), self._give_up, waiter)
+        elif self._connecting:
+            # Not transient: trying for as long again would multiply the time.
+            reason = self._failure or "the database did not answer in time"
+            waiter.connection.set_exception(UnavailableError(str(reason)))
+        else:
+            waiter.connection.set_exception(self._exhausted(waiter.task in self._holders()))
+
+    def _holders(self) -> set[object]:
+        return {connection.holder for connection in self._lent}
+
+    def _raise_if_deadlocked(self, waiter: _Waiter) -> None:
+        """Raise if every connection is held by a task that waits for another one."""
+        if len(self._lent) == self._size and self._holders() <= {
+            waiter.task for waiter in self._waiters
+        }:
+            self._waiters.remove(waiter)
+            raise self._exhausted(True)  # noqa: FBT003
+
+    @staticmethod
+    def _exhausted(holds_one: bool) -> PoolExhaustedError:  # noqa: FBT001
+        if holds_one:
+            return PoolExhaustedError(
+                "no connection became free, and this task already holds one: inside a transaction "
+                "use the transaction's own repositories"
+            )
+        return PoolExhaustedError()
+
+    def _fail_waiters(self, failure: TodoDBError) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.connection.done():
+                # One for each: a shared one would collect the tracebacks of all of them.
+                waiter.connection.set_exception(copy.copy(failure))
+
+    # Connections
+
+    def _serve(self) -> None:
+        """Start what the callers in the queue need: a ping of what is idle, or a connect."""
+        while self._idle and self._proving < len(self._waiters):
+            connection = self._idle.pop()
+            if not self._is_current(connection):
+                self._retire(connection)
+            elif self._failure is None and not connection.needs_ping:
+                self._keep(connection)
+            else:
+                self._proving += 1
+                self._spawn(self._prove(connection), self._tasks)
+        most = _MAX_CONNECTING if self._failure is None else 1
+        while (
+            self._total < self._size
+            and len(self._connecting) < most
+            and len(self._connecting) + self._proving < len(self._waiters)
+        ):
+            self._total += 1
+            self._spawn(self._connect(), self._connecting)
+
+    def _keep(self, connection: PooledConnection) -> None:
+        """Give a sound connection to the first caller in the queue, or keep it, or close it."""
+        if self._open and self._is_current(connection):
+            while self._waiters:
+                waiter = self._waiters.popleft()
+                if not waiter.connection.done():
+                    waiter.connection.set_result(self._lend(connection, waiter.task))
+                    return
+            if len(self._idle) < self._max_idle:
+                connection.touch()
+                self._idle.append(connection)
+                return
+        self._retire(connection)
+
+    def _retire(self, connection: PooledConnection) -> None:
+        if self._open and not connection.driver.is_closed():
+            self._spawn(self._close(connection), self._tasks)
+        else:
+            self._discard(connection)
+
+    def _discard(self, connection: PooledConnection) -> None:
+        connection.terminate()
+        self._total -= 1
+        if self._open:
+            self._serve()
+
+    def _note_failure(self, failure: TodoDBError) -> None:
+        """Take the database to be down, and put the next attempt to connect off, by full jitter."""
+        self._failure = failure
+        # Only attempts to connect are counted: many transactions can fail at one moment.
+        self._failures = max(self._failures, 1)
+        longest = min(
+            _FIRST_DELAY_SECONDS * 2 ** min(self._failures, 9),
+            _MAX_DELAY_SECONDS,
+            # So that a short budget is not over before an attempt.
+            self._connect_seconds / 4,
+        )
+        self._next_attempt = asyncio.get_running_loop().time() + uniform(0, longest)  # noqa: S311  # not a secret
+
+    def _note_success(self) -> None:
+        self._failures, self._failure, self._next_attempt = 0, None, 0.0
+
+    @staticmethod
+    def _spawn(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    async def _connect(self) -> None:
+        """Make a connection for the callers in the queue, until one is made or all have left."""
+        task = asyncio.current_task()
+        try:
+            connection = await self._connect_until_left()
+        except BaseException:
+            self._total -= 1
+            raise
+        finally:
+            # At once, and not by the callback of the task: what follows counts them.
+            self._connecting -= {task}
+        if connection is None:
+            self._total -= 1
+        else:
+            self._note_success()
+            self._keep(connection)
+        self._serve()
+
+    async def _connect_until_left(self) -> PooledConnection | None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self._next_attempt - loop.time())
+            if not self._waiters:
+                return None
+            try:
+                return await self._connect_once()
+            except TodoDBError as error:
+                failure = error
+            if isinstance(failure, UnavailableError) and self.retries_connecting:
+                self._failures += 1
+                self._note_failure(failure)
+            else:
+                self._fail_waiters(failure)
+                return None
+
+    async def _connect_once(self) -> PooledConnection:
+        connection = await PooledConnection.connect(self._engine, self._generation)
+        if self._failure is not None:
+            # A pooler may log clients in while it has no server.
+            try:
+                await connection.ping(self.begin_seconds)
             except BaseException:
                 connection.terminate()
                 raise
-            # The others rested even longer: whatever took this one took them.
-            gone, self._idle = [connection, *self._idle], []
-            for lost in gone:
-                lost.terminate()
-        return None
+        return connection
 
-    async def _connect(self) -> PooledConnection:
-        if not self._retries:
-            return await self._connect_once()
-        # Whoever asked for the connection need not try for as long again: it is not transient.
-        failure = UnavailableError("the database did not answer in time")
-
-        def should_retry(error: Exception) -> bool:
-            nonlocal failure
-            if not isinstance(error, UnavailableError):
-                return False
-            failure = UnavailableError(str(error))
-            return True
-
+    async def _prove(self, connection: PooledConnection) -> None:
+        """Ping a connection that was idle for long, or of which others have failed."""
+        lost = [connection]
         try:
-            async with asyncio.timeout(self._connect_seconds):
-                async for attempt in stamina.retry_context(  # pragma: no branch  # endless
-                    on=should_retry,
-                    attempts=None,
-                    timeout=None,
-                    wait_initial=0.05,
-                    wait_max=2.0,
-                    wait_jitter=0.1,
-                ):
-                    with attempt:
-                        # One may have come back meanwhile.
-                        return await self._last_used() or await self._connect_once()
-        except TimeoutError:
-            pass
-        raise failure
-
-    async def _connect_once(self) -> PooledConnection:
-        try:
-            # SQLAlchemy asks its questions about the server on the first one.
-            fairy = await greenlet_spawn(self._engine.sync_engine.pool.connect)
-        except Exception as error:  # noqa: BLE001  # raised again, as ours
-            failure = _connect_failure(error, self._engine.url)
-        else:
-            return PooledConnection(self, self._engine, fairy)
-        raise failure
-
-    async def _wait(self) -> None:
-        if not self._free.locked():
-            await self._free.acquire()
-            return
-        self._waiting += 1
-        try:
-            async with asyncio.timeout(self._timeout):
-                await self._free.acquire()
-        except TimeoutError:
-            failure = PoolExhaustedError()
-        else:
-            return
+            await connection.ping()
+            lost = []
+        except TodoDBError as error:
+            self._note_failure(error)
+            # The others have been idle for longer: assume that they are lost, too.
+            lost += self._idle
+            self._idle = []
         finally:
-            self._waiting -= 1
-        raise failure
+            self._proving -= 1
+            for each in lost:
+                self._discard(each)
+        if not lost:
+            self._note_success()
+            self._keep(connection)
+            self._serve()
 
+    async def _recover(self, connection: PooledConnection) -> None:
+        """Make a connection usable again whose statement was cancelled, or close it."""
+        try:
+            await connection.recover()
+        except Exception as error:  # noqa: BLE001  # whatever it is, the connection is given up
+            _logger.info("a connection did not recover: %s", type(error).__name__)
+            self._discard(connection)
+        except BaseException:
+            self._discard(connection)
+            raise
+        else:
+            self._note_success()
+            self._keep(connection)
 
-def _connect_args(settings: Settings) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "timeout": settings.connect_timeout_seconds,
-        "command_timeout": settings.command_timeout_seconds,
-        # asyncpg would prepare each statement anew every 300 s.
-        "max_cached_statement_lifetime": 0,
-    }
-    if not settings.prepared_statements:
-        arguments |= {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
-    return arguments
-
-
-def _connect_failure(error: BaseException, url: URL) -> TodoDBError:
-    # While a server restarts, its socket is gone and the folder is not.
-    folder = url.query.get("host")
-    if isinstance(error, FileNotFoundError) and not Path(str(folder)).is_dir():
-        return ConfigurationError("the socket folder of the URL does not exist")
-    refusal = error.__cause__ or error
-    if isinstance(
-        refusal, asyncpg.ProtocolViolationError
-    ) and not _TRANSIENT_POOLER_MESSAGES.search(str(refusal)):
-        return ConfigurationError("the pooler refused the login, or a startup parameter")
-    if isinstance(error, ConnectionError) and _NO_TLS in str(error):
-        return ConfigurationError("the server has no TLS, and the database URL demands it")
-    if isinstance(error, TimeoutError):
-        return UnavailableError("the database did not answer in time", transient=True)
-    return translated(error)
+    async def _close(self, connection: PooledConnection) -> None:
+        try:
+            await connection.close()
+        finally:
+            self._total -= 1
+            if self._open:
+                self._serve()
