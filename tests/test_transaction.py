@@ -91,7 +91,7 @@ async def context_left(db: Database) -> tuple[object, object]:
     """What the next one would find on the connection."""
     connection = await db._pool.acquire()
     found = await connection.driver.fetchrow(CONTEXT)
-    await db._pool.release(connection)
+    db._pool.release(connection)
     assert found is not None
     return found["role"], found["user_id"]
 
@@ -129,7 +129,7 @@ class TestContext:
 
             connection = await db._pool.acquire()
             after = await connection.driver.fetchrow(CONTEXT)
-            await db._pool.release(connection)
+            db._pool.release(connection)
             assert after is not None
             assert tuple(after) == (
                 *(login, "", '"$user", public', "off", "read committed"),
@@ -233,7 +233,7 @@ class TestBegin:
             db = Database.from_url(owner, pool_size=1, max_overflow=0)
             for _ in range(2):
                 connection = await db._pool.acquire()
-                await db._pool.release(connection)
+                db._pool.release(connection)
                 with pytest.raises(SchemaError):
                     await db.tasks.count("alice")
                 assert connection.driver.is_closed()
@@ -317,7 +317,7 @@ class TestEnd:
             async with database_through_proxy.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 with suppress(asyncpg.PostgresError):  # behind the transaction's back
-                    await tx._connection.driver.execute("SELECT 1 / 0")
+                    await tx._gate.connection.driver.execute("SELECT 1 / 0")
         assert await titles(owner) == []
         assert await database_through_proxy.tasks.count("alice") == 0
 
@@ -362,7 +362,7 @@ class TestLostConnection:
             async with database_through_proxy.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 await proxy.cut()
-                await until(tx._connection.driver.is_closed)
+                await until(tx._gate.connection.driver.is_closed)
         assert caught.value.transient
         assert COMMIT not in proxy.sent[proxy.sent.rindex(BEGIN) :]
         assert await titles(owner) == []
@@ -375,7 +375,7 @@ class TestLostConnection:
             async with database_through_proxy.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 await proxy.cut()
-                await until(tx._connection.driver.is_closed)
+                await until(tx._gate.connection.driver.is_closed)
                 await tx.tasks.count("alice")
         assert caught.value.transient
         assert await database_through_proxy.tasks.count("alice") == 0
@@ -396,7 +396,7 @@ class TestLostConnection:
         with pytest.raises(UnavailableError) as caught:
             async with db.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
-                driver = tx._connection.driver
+                driver = tx._gate.connection.driver
                 await owner.execute("SELECT pg_terminate_backend($1)", driver.get_server_pid())
                 await until(driver.is_closed)
         assert caught.value.transient
@@ -409,7 +409,7 @@ class TestLostConnection:
             with pytest.raises(UnavailableError):
                 async with hasty.transaction("alice") as tx:
                     await tx.tasks.create("alice", "lost")
-                    await until(tx._connection.driver.is_closed)
+                    await until(tx._gate.connection.driver.is_closed)
             assert await hasty.tasks.count("alice") == 0
         assert await db.tasks.count("alice") == 0
         assert await titles(owner) == []
@@ -490,8 +490,10 @@ class TestBrokenConnection:
     async def test_O2_protocol_that_broke_down_is_unavailable(self, db: Database) -> None:
         with pytest.raises(TransactionAbortedError):
             async with db.transaction("alice") as tx:
-                tx._connection.terminate()
-                failure = tx._failed(asyncpg.InternalClientError("cannot switch to state 15"))
+                tx._gate.connection.terminate()
+                failure = tx._gate._failure(
+                    asyncpg.InternalClientError("cannot switch to state 15")
+                )
         assert type(failure) is UnavailableError
         assert failure.transient
 
@@ -568,11 +570,48 @@ class TestSiblings:
 
         with pytest.raises(TransactionAbortedError):
             async with db.transaction("alice") as tx:
+                await tx.tasks.create("alice", "ghost")
+                slow = text("SELECT pg_sleep(0.2)")
                 with suppress(ZeroDivisionError):
+                    await asyncio.gather(tx.execute(slow), boom())
+        assert await db.tasks.count("alice") == 0
+
+    async def test_T4_task_that_writes_while_another_ones_savepoint_is_open_is_refused(
+        self, db: Database
+    ) -> None:
+        async def write(tx: Transaction) -> None:
+            await tx.tasks.create("alice", "would be undone with the savepoint")
+
+        with pytest.raises(TransactionAbortedError):
+            async with db.transaction("alice") as tx:
+                with suppress(LookupError):
                     async with tx.savepoint():
-                        await tx.tasks.create("alice", "ghost")
-                        slow = text("SELECT pg_sleep(0.2)")
-                        await asyncio.gather(tx.execute(slow), boom())
+                        with pytest.raises(ConcurrentUseError):
+                            await asyncio.create_task(write(tx))
+                        raise LookupError
+        assert await db.tasks.count("alice") == 0
+
+    async def test_T4_two_tasks_that_take_turns_with_savepoints_are_refused(
+        self, db: Database
+    ) -> None:
+        async def saved(tx: Transaction, title: str) -> None:
+            async with tx.savepoint():
+                await tx.tasks.create("alice", title)
+
+        with pytest.raises(TransactionAbortedError):
+            async with db.transaction("alice") as tx:
+                with pytest.raises(ConcurrentUseError):
+                    async with tx.savepoint():
+                        await tx.tasks.create("alice", "first")
+                        await asyncio.create_task(saved(tx, "second"))
+        assert await db.tasks.count("alice") == 0
+
+    async def test_T4_savepoint_that_is_open_at_the_end_commits_nothing(self, db: Database) -> None:
+        with pytest.raises(TransactionError, match="savepoint"):
+            async with db.transaction("alice") as tx:
+                still_open = tx.savepoint()
+                await still_open.__aenter__()
+                await tx.tasks.create("alice", "half")
         assert await db.tasks.count("alice") == 0
 
     async def test_refused_one_is_not_forgotten_when_the_other_fails(self, db: Database) -> None:
@@ -678,7 +717,7 @@ class TestSavepoint:
                 with suppress(UnavailableError):
                     async with tx.savepoint():
                         await proxy.cut()
-                        await until(tx._connection.driver.is_closed)
+                        await until(tx._gate.connection.driver.is_closed)
                         await tx.tasks.count("alice")
         assert await titles(owner) == []
         assert await database_through_proxy.tasks.count("alice") == 0
@@ -736,14 +775,16 @@ class TestExecute:
         assert await db.tasks.count("alice") == 1
         assert (await db.tasks.get("bob", theirs.id)).title == "theirs"
 
-    async def test_errors_are_sqlalchemys_and_doom(self, db: Database, owner: Connection) -> None:
+    async def test_error_of_the_text_is_sqlalchemys_and_aborts(
+        self, db: Database, owner: Connection
+    ) -> None:
         with pytest.raises(TransactionAbortedError):
             async with db.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 with pytest.raises(DBAPIError):
                     async with tx.savepoint():
                         await tx.execute(text("SELECT nonsense"))
-                with pytest.raises(DBAPIError):
+                with pytest.raises(IsolationError):
                     await tx.execute(insert(Task).values(user_id="bob", title="not bob's"))
                 with pytest.raises(TransactionAbortedError):
                     await tx.tasks.count("alice")
@@ -782,7 +823,7 @@ class TestExecute:
             """)
             assert shown is not None
             assert tuple(shown) == ("", "on")
-            await database_through_proxy._pool.release(connection)
+            database_through_proxy._pool.release(connection)
             assert await database_through_proxy.tasks.count("alice") == 0
 
     async def test_piles_nothing_up_on_the_connection(
@@ -792,14 +833,14 @@ class TestExecute:
             async with database_through_proxy.transaction("alice") as tx:
                 await tx.execute(text("SELECT 1"))
         (connection,) = database_through_proxy._pool._idle
-        entry = connection._fairy._connection_record
-        assert not entry.finalize_callback
+        # SQLAlchemy's pool keeps nothing for it: no record, no callbacks.
+        assert connection._proxied._connection_record is None
 
     async def test_lost_connection_leaves_the_pool_healthy(
         self, database_through_proxy: Database, proxy: Proxy
     ) -> None:
         proxy.break_at(b"slowly", Fault.CUT_AFTER)
-        with pytest.raises(DBAPIError):
+        with pytest.raises(UnavailableError):
             async with database_through_proxy.transaction("alice") as tx:
                 await tx.execute(text("SELECT 'slowly'"))
         assert database_through_proxy._pool.status.in_use == 0
@@ -847,16 +888,25 @@ class TestExecute:
             assert (await context(tx)).user_id == "alice"
 
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
-    async def test_E4_smuggled_commit_ends_the_work(
+    async def test_T1_construct_that_sends_a_commit_is_refused(
         self, database_through_proxy: Database, proxy: Proxy
     ) -> None:
+        async with database_through_proxy.transaction("alice") as tx:
+            before = proxy.round_trips
+            with pytest.raises(TransactionError):
+                await tx.execute(Smuggled())
+            assert proxy.round_trips == before
+            assert (await context(tx)).user_id == "alice"
+
+    @pytest.mark.parametrize("login", [LOGIN, OWNER])
+    async def test_E4_transaction_that_ended_unseen_is_noticed(
+        self, database_through_proxy: Database
+    ) -> None:
         for step in (None, lambda tx: tx.tasks.create("alice", "x"), context):
-            connections = proxy.connections
             with pytest.raises(IsolationError):
                 async with database_through_proxy.transaction("alice") as tx:
-                    await tx.execute(Smuggled())
+                    await tx._gate.driver.execute("COMMIT")
                     if step is not None:
                         await step(tx)
             assert database_through_proxy._pool.status.in_use == 0
             assert await database_through_proxy.tasks.count("alice") == 0
-            assert proxy.connections == connections + 1

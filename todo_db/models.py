@@ -1,7 +1,7 @@
-"""The tables as the migrations leave them: what statements are built from, and Alembic's target.
+"""The tables that the migrations create: the base of all statements, and Alembic's target.
 
-They are never handed out: a repository returns records. What Alembic cannot compare (policies,
-grants, triggers, checks, identity) is held against the live database by the tests.
+A repository returns records, never these models. Alembic does not compare policies, grants,
+triggers, checks and identity columns; the tests compare them with a live database.
 """
 
 from datetime import datetime
@@ -12,6 +12,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     DateTime,
+    FetchedValue,
     ForeignKey,
     Identity,
     Index,
@@ -25,19 +26,19 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 REVISION: Final = "0004"
-"""The migration that leaves the tables like this; a newer database serves as well."""
+"""The migration that creates these tables; a newer database works as well."""
 
 USER_ID_MAX: Final = 255
 KEY_MAX: Final = 255
 TITLE_MAX: Final = 200
 DESCRIPTION_MAX: Final = 65_536
 
-# What counts as blank in a title: controls, spaces, and the invisible format characters.
+# Blank characters of a title are controls, spaces, and invisible format characters.
 _VISIBLE: Final = (
     r"[^\u0001-\u0020\u007f-\u00a0\u00ad\u1680\u180e\u2000-\u200f\u2028-\u202f"
     r"\u205f-\u2064\u2066-\u206f\u3000\ufeff]"
 )
-# Python's datetime has no infinity and no years BC; the margin leaves room for any time zone.
+# Python's datetime has no infinity and no years BC; the margin allows for any time zone.
 _TIMESTAMPS: Final = (
     "created_at >= '0001-01-02 00:00:00+00' AND created_at < '9999-12-31 00:00:00+00' AND "
     "updated_at >= '0001-01-02 00:00:00+00' AND updated_at < '9999-12-31 00:00:00+00'"
@@ -45,7 +46,10 @@ _TIMESTAMPS: Final = (
 
 
 class Base(DeclarativeBase):
-    """The one metadata. Constraint names are API: errors are mapped by them."""
+    """The metadata of all tables. Errors are mapped by constraint names, so these are API."""
+
+    # What the server sets comes back with the INSERT or UPDATE that set it.
+    __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012  # as SQLAlchemy declares it
 
     metadata = MetaData(
         naming_convention={
@@ -68,17 +72,19 @@ def _user_id(*, index: bool = False, primary_key: bool = False) -> Mapped[str]:
     )
 
 
-def _timestamp() -> Mapped[datetime]:
-    return mapped_column(DateTime(timezone=True), server_default=func.now())
+def _timestamp(*, server_onupdate: FetchedValue | None = None) -> Mapped[datetime]:
+    return mapped_column(
+        DateTime(timezone=True), server_default=func.now(), server_onupdate=server_onupdate
+    )
 
 
 class User(Base):
-    """A person. Better Auth writes the same rows, so every column it needs is here."""
+    """A user. Better Auth writes the same rows, so the table has every column that it needs."""
 
     __tablename__ = "users"
     __table_args__ = (
         CheckConstraint(f"char_length(id) BETWEEN 1 AND {USER_ID_MAX}", name="id_length"),
-        # ASCII only, on purpose: the same answer under every locale.
+        # COLLATE "C" folds only ASCII, so that the result is the same in every locale.
         CheckConstraint('email = lower(email COLLATE "C")', name="email_lower"),
         CheckConstraint(_TIMESTAMPS, name="timestamps_range"),
     )
@@ -90,11 +96,11 @@ class User(Base):
     email_verified: Mapped[bool] = mapped_column(server_default=false())
     image: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = _timestamp()
-    updated_at: Mapped[datetime] = _timestamp()
+    updated_at: Mapped[datetime] = _timestamp(server_onupdate=FetchedValue())
 
 
 class Task(Base):
-    """Something one user wants to do."""
+    """A task of one user."""
 
     __tablename__ = "tasks"
     __table_args__ = (
@@ -112,11 +118,11 @@ class Task(Base):
     description: Mapped[str | None] = mapped_column(Text)
     completed: Mapped[bool] = mapped_column(server_default=false())
     created_at: Mapped[datetime] = _timestamp()
-    updated_at: Mapped[datetime] = _timestamp()
+    updated_at: Mapped[datetime] = _timestamp(server_onupdate=FetchedValue())
 
 
 class IdempotencyKey(Base):
-    """Which tasks a user's call made, so that the same call can be told from a new one."""
+    """The tasks that one call created, so that a repeated call is recognised by its key."""
 
     __tablename__ = "idempotency_keys"
     __table_args__ = (
@@ -131,12 +137,12 @@ class IdempotencyKey(Base):
     created_at: Mapped[datetime] = _timestamp()
 
 
-# What Better Auth writes, column by column as its own planner wants it
-# (https://www.better-auth.com/docs/concepts/database). Only it writes them.
+# Only Better Auth writes the following tables. Their columns are those that its migrator expects:
+# https://www.better-auth.com/docs/concepts/database
 
 
 class Session(Base):
-    """A sign-in of Better Auth's."""
+    """A session of Better Auth."""
 
     __tablename__ = "sessions"
 
@@ -147,11 +153,11 @@ class Session(Base):
     ip_address: Mapped[str | None] = mapped_column(Text)
     user_agent: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = _timestamp()
-    updated_at: Mapped[datetime] = _timestamp()
+    updated_at: Mapped[datetime] = _timestamp(server_onupdate=FetchedValue())
 
 
 class Account(Base):
-    """A way to sign in: a password's hash, or another provider's account."""
+    """A way to sign in: a password hash, or an account of another provider."""
 
     __tablename__ = "accounts"
 
@@ -167,11 +173,11 @@ class Account(Base):
     scope: Mapped[str | None] = mapped_column(Text)
     password: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = _timestamp()
-    updated_at: Mapped[datetime] = _timestamp()
+    updated_at: Mapped[datetime] = _timestamp(server_onupdate=FetchedValue())
 
 
 class Verification(Base):
-    """A code that somebody was sent."""
+    """A verification code that Better Auth sent to a user."""
 
     __tablename__ = "verifications"
 
@@ -180,11 +186,11 @@ class Verification(Base):
     value: Mapped[str] = mapped_column(Text)
     expires_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
     created_at: Mapped[datetime] = _timestamp()
-    updated_at: Mapped[datetime] = _timestamp()
+    updated_at: Mapped[datetime] = _timestamp(server_onupdate=FetchedValue())
 
 
 class SigningKey(Base):
-    """A key that Better Auth signs tokens with; the private half is encrypted by its secret."""
+    """A key pair that signs JWTs; Better Auth encrypts the private key with its secret."""
 
     __tablename__ = "jwks"
 

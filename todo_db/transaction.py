@@ -1,60 +1,33 @@
-"""One transaction is one user's: its BEGIN carries who that is, and its COMMIT's answer is read."""
+"""One transaction belongs to one user: BEGIN carries the user's id, and COMMIT's answer is read."""
 
-import logging
-import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final, Literal, cast
+from functools import cached_property
+from typing import Any, Final
 
-import asyncpg
-from sqlalchemy import Executable, Result, TextClause, TextualSelect
-from sqlalchemy.exc import CompileError, DBAPIError, StatementError
-from sqlalchemy.ext.asyncio import AsyncConnection
-from sqlalchemy.schema import ExecutableDDLElement
+from sqlalchemy import Executable, Result
 
-from todo_db.engine import Pool, PooledConnection
+from todo_db.engine import Pool, PooledConnection, connect_failure
 from todo_db.errors import (
-    ConcurrentUseError,
     ConfigurationError,
     IsolationError,
-    OutcomeUnknownError,
     SchemaError,
     TodoDBError,
     TransactionAbortedError,
-    TransactionError,
     UnavailableError,
     connection_lost,
-    translated,
+    is_server_error,
 )
+from todo_db.gate import State, TransactionGate
 from todo_db.repositories import Operation, TaskRepository, UserRepository
 from todo_db.repositories.statements import Row
+from todo_db.session import TransactionSession, create_session
 from todo_db.settings import Settings
 
 ROLE: Final = "todo_app"
 NO_USER: Final = ""
 """The user id of the package's own transactions: no row belongs to it."""
-
-# What a caller's own SQL may begin with. Anything else could end the transaction, and with it
-# the role and the user id, or leave something on the connection for its next user.
-_ALLOWED: Final = re.compile(
-    r"[\s(]*(delete|explain|insert|merge|select|show|table|update|values|with)\b", re.IGNORECASE
-)
-# What such SQL can leave behind all the same, by calling functions; undone in the message that
-# ends the transaction, because behind a pooler the next message may go to another server.
-_RELEASE_ADVISORY_LOCKS: Final = "SELECT pg_catalog.pg_advisory_unlock_all()"
-_RESET_SESSION: Final = f"{_RELEASE_ADVISORY_LOCKS};RESET ALL;"
-_ROLLBACK_SECONDS: Final = 2.0
-# The schema changed under a prepared statement, or somebody deallocated it.
-_STALE_STATEMENT_ERRORS: Final = (
-    asyncpg.InvalidCachedStatementError,
-    asyncpg.InvalidSQLStatementNameError,
-    asyncpg.OutdatedSchemaCacheError,
-    BufferError,
-)
-
-_logger: Final = logging.getLogger("todo_db")
-
-type _State = Literal["open", "aborted", "broken", "ended"]
 
 
 class TransactionPreamble:
@@ -66,9 +39,21 @@ class TransactionPreamble:
             "lock_timeout": settings.lock_timeout_seconds,
             "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout_seconds,
         }
-        self._rest = "".join(
+        settings_sql = "".join(
             f"SET LOCAL {name} = {max(1, round(seconds * 1000))};"
             for name, seconds in timeouts.items()
+        )
+        self._before, self._after = (
+            {
+                access: (
+                    f"BEGIN ISOLATION LEVEL READ COMMITTED, {access};SET LOCAL ROLE {ROLE};"
+                    f"SET LOCAL search_path = public, pg_temp;{settings_sql}"
+                    "SELECT pg_catalog.set_config('todo_db.user_id', pg_catalog.convert_from("
+                    "pg_catalog.decode('"
+                )
+                for access in ("READ ONLY", "READ WRITE")
+            },
+            "', 'hex'), 'UTF8'), true)",
         )
 
     def begin(self, user_id: str, *, read_only: bool) -> str:
@@ -76,39 +61,36 @@ class TransactionPreamble:
 
         The id goes in as hexadecimal digits, so there is nothing to escape.
         """
-        access = "READ ONLY" if read_only else "READ WRITE"
-        return (
-            f"BEGIN ISOLATION LEVEL READ COMMITTED, {access};SET LOCAL ROLE {ROLE};"
-            f"SET LOCAL search_path = public, pg_temp;{self._rest}"
-            "SELECT pg_catalog.set_config('todo_db.user_id', pg_catalog.convert_from("
-            f"pg_catalog.decode('{user_id.encode().hex()}', 'hex'), 'UTF8'), true)"
-        )
+        before = self._before["READ ONLY" if read_only else "READ WRITE"]
+        return f"{before}{user_id.encode().hex()}{self._after}"
 
 
 class Transaction:
-    """One user's unit of work on one connection; get it from `Database.transaction`.
+    """One user's transaction on one connection; get it from `Database.transaction`.
 
     It belongs to one task at a time. Nothing is stored before the block ends without an error.
 
     Attributes:
         user_id: Whose transaction this is.
-        tasks: The user's tasks, in this transaction.
-        users: The user's own row, in this transaction.
     """
 
-    def __init__(self, connection: PooledConnection, user_id: str) -> None:
+    def __init__(self, gate: TransactionGate, user_id: str) -> None:
         self.user_id: Final = user_id
-        self.tasks: Final = TaskRepository(self)
-        self.users: Final = UserRepository(self)
-        self._connection = connection
-        self._driver = connection.driver
-        self._state: _State = "open"
-        self._busy = False
-        self._savepoints = 0
-        self._sqlalchemy: AsyncConnection | None = None
+        self._gate = gate
+        self._savepoint_number = 0
+
+    @cached_property
+    def tasks(self) -> TaskRepository:
+        """The user's tasks, in this transaction."""
+        return TaskRepository(self)
+
+    @cached_property
+    def users(self) -> UserRepository:
+        """The user's own row, in this transaction."""
+        return UserRepository(self)
 
     async def perform[T](self, user_id: str, operation: Operation[T]) -> T:
-        """Run a repository's call: one round trip, or three where it may fail.
+        """Run a repository's operation: one round trip, or three with its savepoint.
 
         Raises:
             IsolationError: `user_id` is not this transaction's.
@@ -117,224 +99,97 @@ class Transaction:
         """
         if user_id != self.user_id:
             raise IsolationError("the transaction belongs to another user")
+        statement = operation.statement.in_transaction
+        arguments = statement.arguments(user_id, operation.values)
         if not operation.needs_savepoint:
-            return operation.map_rows(await self._run(operation, user_id))
+            return operation.map_rows(await self._gate.fetch(statement.sql, arguments))
         async with self.savepoint():
-            rows = await self._run(operation, user_id)
+            rows = await self._gate.fetch(statement.sql, arguments)
         return operation.map_rows(rows)
 
     async def execute(
         self, statement: Executable, parameters: Mapping[str, Any] | None = None
     ) -> Result[Any]:
-        """Run a statement of the caller's own, by SQLAlchemy, in this transaction.
+        """Run a statement of the caller's own, by SQLAlchemy Core, in this transaction.
 
-        One round trip, under the same user, role and fence as everything else. Its values must
-        be parameters: text put together from input can become any user. Errors of the statement
-        are SQLAlchemy's.
+        One round trip, two for a statement that this connection has not prepared, under the same
+        user, role and fence as everything else. Its values must be parameters: text that is put
+        together from input can become any user. A `select` of an entity returns its columns; for
+        entities use `session`.
 
         Raises:
-            TransactionError: It is DDL, or text that does not begin with SELECT, INSERT, UPDATE,
-                DELETE, MERGE, WITH, VALUES, TABLE, EXPLAIN or SHOW.
+            TransactionError: The text that SQLAlchemy made of it does not begin with SELECT,
+                INSERT, UPDATE, DELETE, MERGE, WITH, VALUES, TABLE, EXPLAIN or SHOW.
             TransactionAbortedError: An earlier statement failed.
             ConcurrentUseError: Another task uses this transaction right now.
+            ConflictError: It breaks a unique or foreign key.
+            InvalidInputError: A column or a CHECK constraint refuses a value.
+            CallTimeoutError: A lock or the statement took too long.
+            sqlalchemy.exc.SQLAlchemyError: The statement itself is wrong.
         """
-        text = statement.element if isinstance(statement, TextualSelect) else statement
-        if isinstance(text, ExecutableDDLElement) or (
-            isinstance(text, TextClause) and not _ALLOWED.match(text.text)
-        ):
-            raise TransactionError(
-                "a statement may only read or write rows, and begins with the word that says so"
-            )
-        self._enter()
-        try:
-            if self._sqlalchemy is None:
-                self._sqlalchemy = self._connection.sqlalchemy()
-            return await self._sqlalchemy.execute(statement, parameters)
-        except (CompileError, StatementError) as error:
-            # A value that is missing or of the wrong type: nothing was sent.
-            if isinstance(error, DBAPIError):
-                self._fail(error)
-            raise
-        except Exception as error:
-            self._fail(error)
-            raise
-        except BaseException:
-            self._state = "broken"
-            raise
-        finally:
-            self._busy = False
+        return await self._gate.sqlalchemy.execute(statement, parameters)
+
+    def session(self) -> TransactionSession:
+        """Return the transaction's ORM session, for entities of the application's own tables.
+
+        A SQLAlchemy `AsyncSession` on this transaction's connection: each of its statements runs
+        under the same user, role and fence, and enters and fails like those of `execute`. It is
+        flushed at the end of the block. An entity without an owner becomes the user's; an entity of
+        another user is refused. `begin_nested` is a savepoint; `commit`, `rollback` and `begin`
+        raise `TransactionError`, because the block commits or rolls back.
+
+        Attributes are not loaded lazily: use `selectinload` or `await session.refresh(…)`.
+        """
+        if self._gate.session is None:
+            self._gate.session = create_session(self._gate.sqlalchemy, self.user_id)
+        return self._gate.session
 
     @asynccontextmanager
     async def savepoint(self) -> AsyncGenerator[None]:
         """Undo what the block did, and nothing else, when it ends with an error.
 
-        Two round trips. The error goes on to the caller, and the transaction can go on too.
+        Two round trips. The error goes on to the caller, and the transaction can go on too. Only
+        the task that opened it may use the transaction until it is closed.
         """
-        self._savepoints += 1
-        name = f"todo_db_{self._savepoints}"
-        await self._control(f"SAVEPOINT {name}")
+        if self._gate.session is not None:
+            # The session, too, has to know what was undone.
+            async with self._gate.session.begin_nested():
+                yield
+                self._raise_if_aborted()
+            return
+        self._savepoint_number += 1
+        name = f"todo_db_{self._savepoint_number}"
+        await self._gate.open_savepoint(name)
         try:
             yield
-            if self._state == "aborted":
-                # The block swallowed the error that undid its work.
-                raise TransactionAbortedError  # noqa: TRY301  # undone below like any other
+            self._raise_if_aborted()
+            await self._gate.release_savepoint(name)
         except BaseException:
-            if self._busy:
-                # Another task's statement is under way: the block cannot be undone alone.
-                self._state = "broken"
-            elif self._state in {"open", "aborted"}:
-                self._state = "open"
-                await self._control(f"ROLLBACK TO SAVEPOINT {name};RELEASE SAVEPOINT {name}")
+            await self._gate.undo_savepoint(name)
+            await self._forget_entities()
             raise
-        await self._control(f"RELEASE SAVEPOINT {name}")
 
-    async def ask(self, sql: str, *arguments: object) -> Row:
-        """Return the one row of a statement of the package's own, which names no user."""
-        return (await self._fetch(sql, *arguments))[0]
+    async def _forget_entities(self) -> None:
+        # In a broken transaction another task may be in the middle of the session.
+        if self._gate.session is not None and self._gate.state is State.OPEN:
+            await self._gate.session.forget()
 
-    async def _run(self, operation: Operation[Any], user_id: str) -> Sequence[Row]:
-        statement = operation.statement
-        return await self._fetch(statement.sql, *statement.arguments(user_id, operation.values))
-
-    async def _fetch(self, sql: str, *arguments: object) -> Sequence[Row]:
-        self._enter()
-        try:
-            return await self._driver.fetch(f"{sql}{self._connection.statement_suffix}", *arguments)
-        except Exception as error:  # noqa: BLE001  # raised again, as ours
-            failure = self._failed(error)
-        except BaseException:
-            self._state = "broken"
-            raise
-        finally:
-            self._busy = False
-        raise failure
-
-    async def _control(self, sql: str) -> None:
-        self._enter()
-        try:
-            await self._driver.execute(sql)
-        except Exception as error:  # noqa: BLE001  # raised again, as ours
-            failure = self._failed(error)
-        except BaseException:
-            self._state = "broken"
-            raise
-        else:
-            return
-        finally:
-            self._busy = False
-        raise failure
-
-    def _enter(self) -> None:
-        """Let one task in, if there is a transaction that carries its context."""
-        if self._busy:
-            # Whatever the other task does now, half of the caller's work will be missing.
-            self._state = "broken"
-            raise ConcurrentUseError
-        if self._state == "ended":
-            raise TransactionError("the transaction has ended")
-        if self._state != "open":
+    def _raise_if_aborted(self) -> None:
+        if self._gate.state is State.ABORTED:
+            # The block swallowed the error that undid its work.
             raise TransactionAbortedError
-        if self._driver.is_closed():
-            self._state = "broken"
-            raise connection_lost()
-        if not self._driver.is_in_transaction():
-            self._state = "broken"
-            raise IsolationError("the transaction was ended behind its back")
-        self._busy = True
-
-    def _failed(self, error: Exception) -> TodoDBError:
-        self._fail(error)
-        if isinstance(error, _STALE_STATEMENT_ERRORS):
-            self._connection.invalidate_statements()
-            return UnavailableError("a prepared statement was out of date", transient=True)
-        failure = translated(error)
-        if self._driver.is_closed() and not isinstance(failure, UnavailableError):
-            return connection_lost()
-        return failure
-
-    def _fail(self, error: Exception) -> None:
-        # After a server's verdict the transaction is aborted, and known to be. After anything
-        # else (a timeout, a broken protocol) the connection may still be in the middle of it.
-        known = _is_server_error(error) and self._driver.is_in_transaction()
-        if self._state == "open":
-            self._state = "aborted" if known and not self._driver.is_closed() else "broken"
-
-    async def end(self, *, commit: bool, read_only: bool) -> None:
-        """End the transaction, or cut its connection if it cannot be known to have ended.
-
-        Raises:
-            TransactionAbortedError: It should have been committed, and was not.
-            UnavailableError: The connection was lost before the COMMIT.
-            OutcomeUnknownError: The connection was lost during the COMMIT.
-        """
-        state, self._state = self._state, "ended"
-        if state == "broken" or self._busy:
-            self._connection.terminate()
-            if commit:
-                raise TransactionAbortedError
-        elif state == "aborted" or not commit:
-            await self._rollback()
-            if commit:
-                raise TransactionAbortedError
-        else:
-            await self._commit(read_only=read_only)
-
-    async def _rollback(self) -> None:
-        try:
-            await self._driver.execute(
-                f"ROLLBACK;{_RELEASE_ADVISORY_LOCKS}" if self._sqlalchemy else "ROLLBACK",
-                timeout=_ROLLBACK_SECONDS,
-            )
-        except Exception as error:  # noqa: BLE001  # nothing was applied either way
-            self._connection.terminate()
-            _logger.warning("a connection broke while it rolled back: %s", type(error).__name__)
-        except BaseException:
-            self._connection.terminate()
-            raise
-
-    async def _commit(self, *, read_only: bool) -> None:
-        failure: TodoDBError
-        if self._driver.is_closed():
-            failure = connection_lost()
-        elif not self._driver.is_in_transaction():
-            failure = IsolationError("the transaction was ended behind its back")
-            read_only = False
-        else:
-            try:
-                tag = await self._driver.execute(
-                    f"{_RESET_SESSION}COMMIT" if self._sqlalchemy else "COMMIT"
-                )
-            except Exception as error:  # noqa: BLE001  # raised again, as ours
-                failure = self._commit_failure(error)
-            except BaseException:
-                self._connection.terminate()
-                raise
-            else:
-                if tag == "COMMIT":
-                    return
-                # The server takes a COMMIT of an aborted transaction, and rolls it back.
-                raise TransactionAbortedError
-        self._connection.terminate()
-        if not read_only:
-            raise failure
-        _logger.warning("a connection broke after its last row was read")
-
-    def _commit_failure(self, error: Exception) -> TodoDBError:
-        if _is_server_error(error) and not self._driver.is_closed():
-            return translated(error)
-        return OutcomeUnknownError()
 
 
 class TransactionScope:
     """One transaction, from the BEGIN to the answer of its COMMIT.
 
     Entering takes a connection and one round trip, leaving takes another one. A connection goes
-    back to the pool only when the answer was read; else it is cut first.
+    back to the pool with the knowledge whether its answer was read; the pool recovers it if not.
     """
 
-    __slots__ = ("_connection", "_pool", "_preamble", "_read_only", "_transaction", "_user_id")
+    __slots__ = ("_gate", "_pool", "_preamble", "_read_only", "_transaction", "_user_id")
 
-    _connection: PooledConnection
+    _gate: TransactionGate
 
     def __init__(
         self, pool: Pool, preamble: TransactionPreamble, user_id: str, *, read_only: bool
@@ -345,31 +200,50 @@ class TransactionScope:
         self._read_only = read_only
         self._transaction: Transaction | None = None
 
+    @property
+    def connection(self) -> PooledConnection:
+        """The connection, once it has begun."""
+        return self._gate.connection
+
     async def begin(self) -> Transaction:
-        """Take a connection, and send BEGIN with the context; to be tried again if it fails.
+        """Take a connection, and send BEGIN with the user.
+
+        What fails as connecting can fail is tried again, with other connections, until
+        `connect_retry_seconds` are over: behind a pooler a missing server shows here.
 
         Raises:
             SchemaError: The database has no role `todo_app`: it is not migrated.
             ConfigurationError: The login may not become that role.
             UnavailableError: No connection, or it broke.
         """
-        connection = await self._pool.acquire()
         begin = self._preamble.begin(self._user_id, read_only=self._read_only)
-        try:
-            await connection.driver.execute(begin)
-        except Exception as error:  # noqa: BLE001  # raised again, as ours
-            failure = _begin_failure(error)
-        except BaseException:
-            connection.terminate()
-            await self._pool.release(connection)
-            raise
-        else:
-            self._connection = connection
-            self._transaction = Transaction(connection, self._user_id)
-            return self._transaction
-        connection.terminate()
-        await self._pool.release(connection)
-        raise failure
+        since = asyncio.get_running_loop().time()
+        while True:
+            connection = await self._pool.acquire(since)
+            connection.has_transaction = True
+            try:
+                await connection.driver.execute(begin, timeout=self._pool.begin_seconds)
+            except Exception as error:  # noqa: BLE001  # raised again, as ours
+                failure = _begin_failure(error)
+            except BaseException:
+                connection.is_state_known = False
+                self._pool.release(connection)
+                raise
+            else:
+                self._gate = TransactionGate(connection, self._pool)
+                self._transaction = Transaction(self._gate, self._user_id)
+                return self._transaction
+            connection.is_state_known = False
+            if not isinstance(failure, UnavailableError) or not failure.transient:
+                self._pool.release(connection)
+                raise failure
+            self._pool.reject(connection, failure)
+            if not self._pool.retries_connecting:
+                raise failure
+
+    async def fetch_row(self, sql: str, *arguments: object) -> Row:
+        """Return the one row of a statement of the package's own, which names no user."""
+        return (await self._gate.fetch(sql, arguments))[0]
 
     async def __aenter__(self) -> Transaction:
         """Begin, unless that was done before."""
@@ -380,11 +254,9 @@ class TransactionScope:
     ) -> None:
         """Send COMMIT, or ROLLBACK after an error, and give the connection back."""
         try:
-            await cast("Transaction", self._transaction).end(
-                commit=error is None, read_only=self._read_only
-            )
+            await self._gate.end(commit=error is None, read_only=self._read_only)
         finally:
-            await self._pool.release(self._connection)
+            self._pool.release(self._gate.connection)
 
 
 def _begin_failure(error: Exception) -> TodoDBError:
@@ -397,16 +269,7 @@ def _begin_failure(error: Exception) -> TodoDBError:
         case "42501":
             return ConfigurationError(f"the login is not a member of {ROLE}: GRANT {ROLE} TO it")
         case _:
-            failure = translated(error)
+            failure = connect_failure(error)
             # Whatever broke, nothing of the caller's had been sent.
-            broken = type(failure) is TodoDBError and not _is_server_error(error)
+            broken = type(failure) is TodoDBError and not is_server_error(error)
             return connection_lost() if broken else failure
-
-
-def _is_server_error(error: BaseException) -> bool:
-    """Return whether the server answered, and lived on to take the next message."""
-    for cause in (error, getattr(error, "orig", None), getattr(error, "__cause__", None)):
-        sqlstate = getattr(cause, "sqlstate", None)
-        if isinstance(sqlstate, str):
-            return not sqlstate.startswith(("08", "57P"))
-    return False
