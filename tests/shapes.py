@@ -71,9 +71,9 @@ SHAPES: Final[dict[str, Statement]] = dict(
 
 
 def without_owner(sql: str) -> str:
-    """Make every predicate on the owner true; the parameter stays, so that it can be bound."""
+    """Make every predicate on the owner true; keep the parameter, so that it can be bound."""
     return _OWNER.sub(r"\1 IS NOT NULL", _OWNER_IN_KEY.sub(r"tasks.id \1 \2", sql))
 
 
 def parameters(statement: Statement) -> tuple[str, ...]:
-    return statement._compiled[1]
+    return statement.in_transaction.names

@@ -1,4 +1,4 @@
-"""What PostgreSQL does for each statement on 200,000 tasks of 1,000 users."""
+"""The plans of all statements, with 200,000 tasks of 1,000 users."""
 
 import json
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -8,7 +8,9 @@ from typing import Any
 import asyncpg
 import pytest
 import pytest_asyncio
+from cases import Case, cases, rows_of
 from driver import Connection
+from shapes import SHAPES
 
 from todo_db import (
     IdempotencyKeyReusedError,
@@ -22,17 +24,20 @@ from todo_db import (
 )
 from todo_db.embedded import EmbeddedPostgres
 from todo_db.repositories import Operation
+from todo_db.repositories.statements import Compiled
 
 DATABASE = "todo_plans"
-# heavy and dormant were the first users and stopped; zoe came last. Estimates depend on where an
-# id stands among the others: here before nearly all, and behind all of them.
-HEAVY, DORMANT, LATE, USUAL, NO_USER = "heavy", "dormant", "zoe", "user-500", "nobody"
+# heavy and dormant have only old tasks, zoe only new ones. Estimates depend on the position of a
+# user id among all ids: these sort before nearly all others, or after all of them.
+HEAVY, DORMANT, LATE, USUAL, NO_USER = "heavy", "dormant", "zoe", "user-500", "missing"
 USERS = (HEAVY, DORMANT, LATE, USUAL, NO_USER)
 PAGE = 50
-# A page and the row behind it. Of a short list the planner may as well sort all of it.
+# A page and one more row. For a short list the planner may sort all of it.
 FEW_ROWS = {HEAVY: PAGE + 1, DORMANT: 200, LATE: 200, USUAL: 210, NO_USER: 0}
-# The way down the index, what is skipped in it, and what other tests left dead.
+# The index descent, skipped entries, and dead rows of other tests.
 MORE_BUFFERS = 40
+# A page of an index or of the table that one run pins again and another does not.
+FEW_BUFFERS = 8
 
 SEED = (
     """
@@ -40,7 +45,7 @@ SEED = (
     SELECT id, id || '@example.org' FROM (
         SELECT 'user-' || n AS id FROM generate_series(1, 997) AS n
         UNION ALL VALUES ('heavy'), ('dormant'), ('zoe')
-    ) AS everybody
+    ) AS all_users
     """,
     """
     INSERT INTO tasks (user_id, title, description, completed, created_at, updated_at)
@@ -63,7 +68,7 @@ SEED = (
     INSERT INTO idempotency_keys (user_id, key, fingerprint, task_ids)
     SELECT user_id, 'key ' || id, repeat('0', 64), ARRAY[id] FROM tasks WHERE id % 4 = 0
     """,
-    # The plans depend on the statistics of now, not on when the server finds time for them.
+    # Without autovacuum, so that the plans depend on the current statistics only.
     "ALTER TABLE tasks SET (autovacuum_enabled = off)",
     "VACUUM (ANALYZE) tasks",
     "ANALYZE users, idempotency_keys",
@@ -89,7 +94,7 @@ class Plan:
 
     @property
     def rows_read(self) -> float:
-        """Rows of tables that were looked at, whether or not they were of use."""
+        """The number of table rows that were read, also those that were filtered out."""
         counted = ("Actual Rows", "Rows Removed by Filter", "Rows Removed by Index Recheck")
         scans = [
             node
@@ -108,6 +113,11 @@ class Plan:
     def buffers(self) -> int:
         return int(self.root["Shared Hit Blocks"] + self.root["Shared Read Blocks"])
 
+    @property
+    def touched(self) -> float:
+        """What was read, in rows and pages."""
+        return self.rows_read + self.buffers
+
     def _below(self, node: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield node
         for child in node.get("Plans", ()):
@@ -115,7 +125,7 @@ class Plan:
 
 
 class Explainer:
-    """Runs statements as a transaction of the package does, keeps their plans, and undoes them."""
+    """Runs statements like a transaction of the package, records their plans, and rolls back."""
 
     def __init__(self, connection: Connection, plan_cache_mode: str) -> None:
         self.plans: list[Plan] = []
@@ -128,14 +138,15 @@ class Explainer:
         return self.plans[-1]
 
     async def perform[T](self, user_id: str, operation: Operation[T]) -> T:
-        arguments = list(operation.statement.arguments(user_id, operation.values))
-        return operation.map_rows(await self.run(user_id, operation.statement.sql, arguments))
+        statement = operation.statement.in_transaction
+        arguments = list(statement.arguments(user_id, operation.values))
+        return operation.map_rows(await self.run(user_id, statement.sql, arguments))
 
     async def run(
         self, user_id: str, sql: str, arguments: Sequence[object]
     ) -> list[asyncpg.Record]:
-        unit = self._connection.transaction()
-        await unit.start()
+        transaction = self._connection.transaction()
+        await transaction.start()
         try:
             await self._connection.execute("SET LOCAL ROLE todo_app")
             await self._connection.execute(f"SET LOCAL plan_cache_mode = {self._plan_cache_mode}")
@@ -145,7 +156,7 @@ class Explainer:
             await self._explain(sql, arguments)
             return await self._connection.fetch(sql, *arguments)
         finally:
-            await unit.rollback()
+            await transaction.rollback()
             await self._connection.execute("DEALLOCATE ALL")
 
     async def _explain(self, sql: str, arguments: Sequence[object]) -> None:
@@ -166,8 +177,11 @@ class Explainer:
 
 def literal(value: object) -> str:
     match value:
+        case None:
+            return "NULL"
         case list():
-            return f"'{{{','.join(value)}}}'"
+            items = ("NULL" if item is None else f'"{item}"' for item in value)
+            return f"'{{{','.join(items)}}}'"
         case datetime():
             return f"'{value.isoformat()}'"
         case _:
@@ -176,7 +190,7 @@ def literal(value: object) -> str:
 
 @pytest_asyncio.fixture(scope="module")
 async def connection(todo_postgres: EmbeddedPostgres) -> AsyncGenerator[Connection]:
-    """The owner's, on a database of many tasks that all tests of this file share."""
+    """The owner's connection to a database of many tasks, shared by all tests of this file."""
     todo_postgres.create_database(DATABASE, template=testing._TEMPLATE)
     opened = await asyncpg.connect(todo_postgres.url(database=DATABASE), statement_cache_size=0)
     for statement in SEED:
@@ -232,7 +246,7 @@ class TestByUser:
 
 class TestList:
     @pytest.mark.parametrize("sort", [TaskSort.NEWEST, TaskSort.OLDEST])
-    async def test_by_id_reads_the_rows_of_the_page_and_no_more(
+    async def test_by_id_reads_only_the_rows_of_the_page(
         self, explainer: Explainer, sort: TaskSort
     ) -> None:
         for user_id in USERS:
@@ -245,7 +259,7 @@ class TestList:
                 assert_few(explainer.plan, user_id)
 
     @pytest.mark.parametrize("sort", [TaskSort.RECENTLY_UPDATED, TaskSort.TITLE])
-    async def test_by_another_key_reads_ones_own_rows_and_no_more(
+    async def test_by_another_key_reads_only_own_rows(
         self, explainer: Explainer, sort: TaskSort
     ) -> None:
         for user_id, own in ((HEAVY, 10_000), (DORMANT, 200), (LATE, 200), (NO_USER, 0)):
@@ -259,9 +273,7 @@ class TestList:
                 assert explainer.plan.milliseconds < 100
 
     @pytest.mark.parametrize("sort", TaskSort)
-    async def test_filtered_reads_ones_own_rows_and_no_more(
-        self, explainer: Explainer, sort: TaskSort
-    ) -> None:
+    async def test_filtered_reads_only_own_rows(self, explainer: Explainer, sort: TaskSort) -> None:
         for completed, search in ((True, None), (None, "about 9"), (False, "nothing like it")):
             page = await explainer.tasks.list(
                 HEAVY, completed=completed, search=search, sort=sort, limit=5
@@ -296,7 +308,7 @@ def assert_few(plan: Plan, user_id: str) -> None:
 
 
 class TestCount:
-    async def test_reads_ones_own_rows_and_no_more(self, explainer: Explainer) -> None:
+    async def test_reads_only_own_rows(self, explainer: Explainer) -> None:
         for completed, search in ((None, None), (False, None), (None, "about"), (True, "about")):
             for user_id, own in ((HEAVY, 10_000), (DORMANT, 200), (LATE, 200), (NO_USER, 0)):
                 await explainer.tasks.count(user_id, completed=completed, search=search)
@@ -351,7 +363,7 @@ class TestBulk:
         assert await explainer.tasks.delete_many(user_id, own) == 100
         assert_hundred_read_twice(explainer.plan)
 
-    async def test_of_completed_tasks_reads_ones_own_rows_twice(self, explainer: Explainer) -> None:
+    async def test_of_completed_tasks_reads_own_rows_twice(self, explainer: Explainer) -> None:
         for user_id, own in ((HEAVY, 10_000), (DORMANT, 200), (LATE, 200), (NO_USER, 0)):
             assert await explainer.tasks.delete_completed(user_id) == own / 4
             assert explainer.plan.indexes <= {"pk_tasks", "idx_tasks_user_id"}
@@ -391,3 +403,92 @@ def assert_keyed(plan: Plan, *, keys: int) -> None:
         if child["Parent Relationship"] == "Outer"
     }
     assert made == {"tasks": 0 if keys else 10, "idempotency_keys": 0 if keys else 1}
+
+
+class Alone:
+    """Explains the statements that carry their user, and those of a transaction."""
+
+    def __init__(self, connection: Connection, own: list[Case]) -> None:
+        self._connection = connection
+        self._cases = own
+
+    def cases(self, shape: str) -> list[Case]:
+        """Return those that the database does not refuse."""
+        refused = {"users_create existing", "users_create address taken"}
+        refused |= {"users_create of an attacker", "users_ensure address taken"}
+        return [
+            case
+            for case in self._cases
+            if case.name.startswith(f"{shape} ") and case.name not in refused
+        ]
+
+    async def explain(self, compiled: Compiled, case: Case, mode: str, *, after: int = 0) -> Plan:
+        """Explain a statement in this mode, after some executions, and undo all of them."""
+        values = ", ".join(map(literal, compiled.arguments(case.user_id, case.values)))
+        transaction = self._connection.transaction()
+        await transaction.start()
+        try:
+            await self._connection.execute(
+                f"SET LOCAL ROLE todo_app; SET LOCAL plan_cache_mode = {mode}"
+            )
+            if compiled is case.statement.in_transaction:
+                await self._connection.execute(f"SET LOCAL todo_db.user_id = '{case.user_id}'")
+            await self._connection.execute(f"PREPARE explained AS {compiled.sql}")
+            for _ in range(after):
+                await self._connection.execute(
+                    f"SAVEPOINT before; EXECUTE explained({values}); ROLLBACK TO before"
+                )
+            found = await self._connection.fetchval(
+                f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE explained({values})"
+            )
+        finally:
+            await transaction.rollback()
+            await self._connection.execute("DEALLOCATE ALL")
+        return Plan(json.loads(found)[0])
+
+
+def parts(plan: Plan) -> dict[str, object]:
+    """Return the nodes of each WITH query, and those of the query itself as "result"."""
+
+    def nodes(node: dict[str, Any]) -> object:
+        kept = ("Node Type", "Relation Name", "Index Name", "Join Type", "Strategy", "Operation")
+        below = [nodes(child) for child in node.get("Plans", ()) if not name(child)]
+        return [node.get(key) for key in kept], below
+
+    def name(node: dict[str, Any]) -> str:
+        return str(node.get("Subplan Name", "")).partition("CTE ")[2]
+
+    return {"result": nodes(plan.root)} | {
+        name(node): nodes(node) for node in plan.nodes if name(node)
+    }
+
+
+@pytest_asyncio.fixture(scope="module")
+async def alone(connection: Connection) -> Alone:
+    rows = await rows_of(connection, HEAVY)
+    rows = rows._replace(task_ids=rows.task_ids[4000:5000])
+    return Alone(connection, list(cases(rows, DORMANT, NO_USER)))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("shape", SHAPES)
+class TestAlone:
+    """The statement that carries its user, for autocommit."""
+
+    @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+    async def test_has_the_plan_of_a_transaction_inside(
+        self, alone: Alone, shape: str, mode: str
+    ) -> None:
+        for case in alone.cases(shape):
+            inside = await alone.explain(case.statement.in_transaction, case, mode)
+            plan = await alone.explain(case.statement.alone, case, mode)
+            assert parts(plan) == parts(inside), case.name
+            assert plan.rows_read == inside.rows_read, case.name
+
+    async def test_has_no_generic_plan_of_twice_the_cost(self, alone: Alone, shape: str) -> None:
+        # A generic plan cannot know how many rows match a pattern; the server does not choose it.
+        mode, after = ("auto", 10) if "search" in shape else ("force_generic_plan", 0)
+        for case in alone.cases(shape):
+            custom = await alone.explain(case.statement.alone, case, "force_custom_plan")
+            plan = await alone.explain(case.statement.alone, case, mode, after=after)
+            assert plan.touched <= 2 * custom.touched + FEW_BUFFERS, case.name

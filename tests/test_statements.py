@@ -1,4 +1,4 @@
-"""What the repositories send, read as text: no database is asked but in the last class."""
+"""The SQL text of the repositories; only the last class uses a database."""
 
 import inspect
 import re
@@ -6,17 +6,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import product
-from typing import Final, NoReturn, cast
+from typing import Final, NamedTuple, NoReturn, Self, cast
 
 import pytest
 from driver import Connection
 from shapes import SHAPES, TASK_CHANGES, USER_CHANGES, parameters
 from sqlalchemy import ColumnElement, Executable, Select, bindparam, insert, select
+from sqlalchemy.sql.selectable import ReturnsRows
 
 from todo_db import NewTask, TaskRepository, TaskSort, UserRepository
 from todo_db.models import Task
 from todo_db.pagination import Position, encode
 from todo_db.repositories import Operation, Statement
+from todo_db.repositories.statements import Compiled
 
 _OWNER_COLUMN: Final = {"tasks": "user_id", "users": "id", "idempotency_keys": "user_id"}
 _TABLE: Final = re.compile(r"\b(tasks|users|idempotency_keys)\b(?!\.)")
@@ -26,8 +28,8 @@ _INSERT: Final = re.compile(
     r"(?:VALUES \((?P<values>[^)]*)\)|SELECT (?P<selected>.*?)\s+FROM)",
     re.DOTALL,
 )
-# The only literals of the whole package: LIKE's escape, rows that are merely counted, and the
-# ids of no tasks at all.
+# The only literals of the package: LIKE's escape, the value of rows that are only counted, and an
+# empty array of ids.
 _LITERALS: Final = (r"ESCAPE '\'", "RETURNING 1", "'{}'::bigint[]")
 _INSERTABLE: Final = {
     "tasks": {"user_id", "title", "description", "completed"},
@@ -44,7 +46,7 @@ shapes = pytest.mark.parametrize("statement", SHAPES.values(), ids=SHAPES.keys()
 
 
 def _queries(sql: str) -> Iterator[str]:
-    """Yield each query of the text by itself, without what it nests in parentheses."""
+    """Yield each query of the text, without its nested parentheses."""
     nested = [""]
     for char in sql:
         if char == "(":
@@ -58,21 +60,21 @@ def _queries(sql: str) -> Iterator[str]:
 
 
 def _conditions(query: str) -> list[str]:
-    """Return what must all be true of a row, and nothing if one of several would do."""
+    """Return the conditions that are combined with AND; none if there is an OR."""
     where = _CLAUSES.split(query.partition("WHERE")[2])[0]
     return [] if " OR " in where else [part.strip() for part in where.split(" AND ")]
 
 
 def unscoped(statement: Statement) -> list[str]:
-    """Return the tables that a statement reads or writes without regard to its owner."""
+    """Return the tables that a statement reads or writes without its owner."""
     owner = f"${parameters(statement).index('user_id') + 1}::VARCHAR"
-    inserted = [match.group("table") for match in _INSERT.finditer(statement.sql)]
+    inserted = [match.group("table") for match in _INSERT.finditer(statement.in_transaction.sql)]
     missed = [
         match.group("table")
-        for match in _INSERT.finditer(statement.sql)
+        for match in _INSERT.finditer(statement.in_transaction.sql)
         if owner not in _inserted(match)[_OWNER_COLUMN[match.group("table")]]
     ]
-    for query in _queries(statement.sql):
+    for query in _queries(statement.in_transaction.sql):
         for table in _TABLE.findall(query):
             if f"INSERT INTO {table} ()" in query and table in inserted:
                 continue
@@ -93,12 +95,12 @@ class TestStatement:
 
     @shapes
     def test_names_its_owner_wherever_it_names_a_table(self, statement: Statement) -> None:
-        assert _TABLE.search(statement.sql)
+        assert _TABLE.search(statement.in_transaction.sql)
         assert unscoped(statement) == []
 
     @shapes
     def test_has_no_value_in_its_text(self, statement: Statement) -> None:
-        text = statement.sql
+        text = statement.in_transaction.sql
         for literal_ in _LITERALS:
             text = text.replace(literal_, "")
         assert "'" not in text
@@ -106,15 +108,110 @@ class TestStatement:
 
     @shapes
     def test_binds_no_array_but_of_text(self, statement: Statement) -> None:
-        assert set(re.findall(r"\$\d+::([A-Z ]+)\[\]", statement.sql)) <= {"TEXT"}
+        assert set(re.findall(r"\$\d+::([A-Z ]+)\[\]", statement.in_transaction.sql)) <= {"TEXT"}
 
     @shapes
     def test_lists_its_columns(self, statement: Statement) -> None:
-        assert "*" not in statement.sql.replace("count(*)", "")
-        inserts = list(_INSERT.finditer(statement.sql))
-        assert len(inserts) == statement.sql.count("INSERT")
+        assert "*" not in statement.in_transaction.sql.replace("count(*)", "")
+        inserts = list(_INSERT.finditer(statement.in_transaction.sql))
+        assert len(inserts) == statement.in_transaction.sql.count("INSERT")
         for match in inserts:
             assert set(match.group("columns").split(", ")) <= _INSERTABLE[match.group("table")]
+
+
+_ALONE: Final = re.compile(
+    r"WITH (?P<before>.*)\bresult AS (?P<materialized>MATERIALIZED )?\n\((?P<inner>.*)\)\n"
+    r" SELECT (?P<columns>[^()]*) \nFROM result \nWHERE (?P<condition>.*)",
+    re.DOTALL,
+)
+
+
+class Alone(NamedTuple):
+    """The parts of a statement that carries its user, with its parameters by name."""
+
+    before: str
+    materialized: str | None
+    inner: str
+    columns: str
+    condition: str
+
+    @classmethod
+    def of(cls, statement: Statement) -> Self:
+        match = _ALONE.fullmatch(_with_names(statement.alone))
+        assert match is not None
+        return cls(*match.groups())
+
+
+def _with_names(compiled: Compiled) -> str:
+    return re.sub(r"\$(\d+)", lambda place: f":{compiled.names[int(place[1]) - 1]}", compiled.sql)
+
+
+def _without_aliases(sql: str) -> str:
+    """Drop the name that SQLAlchemy repeats for each column of a CTE, and its own numbers."""
+    return re.sub(r"\banon_\d+\b", "anon", re.sub(r"\b(\w+\.(\w+)) AS \2\b", r"\1", sql))
+
+
+class TestAlone:
+    """The statement that carries its user, for autocommit."""
+
+    @shapes
+    def test_binds_its_owner_and_the_same_values(self, statement: Statement) -> None:
+        assert statement.alone.names.count("user_id") == 1
+        assert sorted(statement.alone.names) == sorted(statement.in_transaction.names)
+
+    @shapes
+    def test_sets_its_owner_once_and_until_its_end(self, statement: Statement) -> None:
+        assert statement.alone.sql.count("set_config(") == 1
+        condition = Alone.of(statement).condition
+        # An alias is only a name. There is no column in it.
+        assert re.sub(r" AS \w+", "", condition) == (
+            "(SELECT pg_catalog.set_config('todo_db.user_id', :user_id::VARCHAR, true)) IS NOT NULL"
+        )
+
+    @shapes
+    def test_returns_every_column_of_the_statement(self, statement: Statement) -> None:
+        columns = Alone.of(statement).columns.split(", ")
+        assert all(re.fullmatch(r"result\.\w+", column) for column in columns)
+        assert len(set(columns)) == len(columns) == _number_of_columns(statement)
+
+    @shapes
+    def test_is_the_statement_of_a_transaction_word_for_word(self, statement: Statement) -> None:
+        parts = Alone.of(statement)
+        before = f"WITH {parts.before.removesuffix(', \n')}\n " if parts.before else ""
+        inner = _without_aliases(f"{before}{parts.inner}".replace("public.", ""))
+        assert inner == _without_aliases(_with_names(statement.in_transaction))
+
+    @shapes
+    def test_names_the_schema_of_every_table(self, statement: Statement) -> None:
+        names = re.findall(r"([\w.]*)\b(?:tasks|users|idempotency_keys)\b", statement.alone.sql)
+        assert names
+        assert set(names) == {"public."}
+
+    @shapes
+    def test_keeps_a_query_apart_from_what_is_around_it(self, statement: Statement) -> None:
+        parts = Alone.of(statement)
+        # PostgreSQL never merges one that changes rows.
+        assert (parts.materialized is not None) == parts.inner.startswith("SELECT")
+
+    @shapes
+    def test_has_no_value_in_its_text(self, statement: Statement) -> None:
+        text = statement.alone.sql.replace("'todo_db.user_id'", "")
+        for literal_ in _LITERALS:
+            text = text.replace(literal_, "")
+        assert "'" not in text
+        assert re.findall(r"(?<![$\w])\d+", text) == []
+
+    def test_is_refused_without_its_owner(self) -> None:
+        statement = Statement(lambda _owner: _task(Task.id == bindparam("task_id")))
+        # The condition binds it, but the statement does not.
+        with pytest.raises(AssertionError, match="owner"):
+            _ = statement.alone
+
+
+def _number_of_columns(statement: Statement) -> int:
+    inner = statement._build(bindparam("user_id"))
+    assert isinstance(inner, ReturnsRows)
+    return len(inner.exported_columns)
 
 
 def _task(*where: ColumnElement[bool]) -> Select[int]:
@@ -125,7 +222,7 @@ class TestForgottenOwner:
     def test_statement_that_does_not_bind_it_is_refused(self) -> None:
         statement = Statement(lambda _owner: _task(Task.id == bindparam("task_id")))
         with pytest.raises(AssertionError, match="owner"):
-            _ = statement.sql
+            _ = statement.in_transaction.sql
 
     @pytest.mark.parametrize(
         "build",
@@ -150,18 +247,18 @@ class TestForgottenOwner:
             "inserted elsewhere",
         ],
     )
-    def test_statement_that_binds_it_in_vain_is_found(
+    def test_statement_that_binds_it_without_using_it_is_found(
         self, build: Callable[[ColumnElement[str]], Executable]
     ) -> None:
         assert unscoped(Statement(build)) != []
 
 
 class _SentError(Exception):
-    """Ends a call where it would be sent."""
+    """Ends a call instead of sending it."""
 
 
 class _Recorder:
-    """An executor that keeps the calls of a repository."""
+    """An executor that records the operations of a repository."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Operation[object]]] = []
@@ -237,7 +334,7 @@ def _methods(repository: type) -> set[str]:
 
 
 async def _sent() -> list[tuple[str, Operation[object]]]:
-    """Operation every method in every shape, and return what each would have run."""
+    """Call every method in every shape; return the operations."""
     recorder = _Recorder()
     for repository, calls in (
         (TaskRepository, _task_calls(TaskRepository(recorder))),
@@ -254,8 +351,8 @@ async def _sent() -> list[tuple[str, Operation[object]]]:
 
 class TestRepositories:
     async def test_send_these_statements_and_no_others(self) -> None:
-        sent = {operation.statement.sql for _, operation in await _sent()}
-        assert sent == {statement.sql for statement in SHAPES.values()}
+        sent = {operation.statement.in_transaction.sql for _, operation in await _sent()}
+        assert sent == {statement.in_transaction.sql for statement in SHAPES.values()}
 
     async def test_give_every_parameter_its_value(self) -> None:
         for user_id, operation in await _sent():
@@ -264,7 +361,7 @@ class TestRepositories:
 
     async def test_send_values_apart_from_the_text(self) -> None:
         for _, operation in await _sent():
-            assert _MARK not in operation.statement.sql
+            assert _MARK not in operation.statement.in_transaction.sql
 
 
 class TestPostgreSQL:
@@ -272,7 +369,11 @@ class TestPostgreSQL:
         self, owner: Connection
     ) -> None:
         for name, statement in SHAPES.items():
-            prepared = await owner.prepare(statement.sql)
+            prepared = await owner.prepare(statement.in_transaction.sql)
+            alone = await owner.prepare(statement.alone.sql)
+            assert alone.get_parameters() == prepared.get_parameters(), name
+            returned = [one.type for one in alone.get_attributes()]
+            assert returned == [one.type for one in prepared.get_attributes()], name
             types = {parameter.name for parameter in prepared.get_parameters()}
             types |= {attribute.type.name for attribute in prepared.get_attributes()}
             assert types <= _WIRE_TYPES, name

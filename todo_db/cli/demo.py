@@ -1,4 +1,4 @@
-"""The whole story on a fresh PostgreSQL: every claim is carried out, and what was seen is shown."""
+"""A demonstration on a fresh PostgreSQL: it tests each claim, and shows what happened."""
 
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import func, insert, select, text
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from todo_db.database import Database
 from todo_db.embedded import LOGIN, EmbeddedPostgres
 from todo_db.engine import create_direct_engine
-from todo_db.errors import TaskNotFoundError, UserNotFoundError
+from todo_db.errors import IsolationError, TaskNotFoundError, UserNotFoundError
 from todo_db.inputs import NewTask
 from todo_db.migrations import upgrade
 from todo_db.models import REVISION, Task
@@ -27,12 +26,12 @@ PLANNED: Final = """
 
 
 class DisprovedError(Exception):
-    """Something the demo claims did not hold."""
+    """A claim of the demonstration is false."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One claim of the story, and what proves it: a line to show and its details, or an error."""
+    """One claim, and its proof: a function that returns lines to show, or raises an error."""
 
     claim: str
     prove: Callable[["DemoContext"], Awaitable[str]]
@@ -40,7 +39,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class DemoContext:
-    """What the steps play on: the application's database, and the owner behind its back."""
+    """What the steps use: the application's database, the owner's connection, the server."""
 
     db: Database
     owner: AsyncConnection
@@ -48,8 +47,8 @@ class DemoContext:
 
 
 @asynccontextmanager
-async def stage(server: EmbeddedPostgres) -> AsyncGenerator[DemoContext]:
-    """Migrate the server's database, and open it as an application would."""
+async def demo_context(server: EmbeddedPostgres) -> AsyncGenerator[DemoContext]:
+    """Migrate the server's database, and open it as an application does."""
     await upgrade(server.url())
     server.create_login()
     engine = create_direct_engine(server.url(), Settings())
@@ -64,13 +63,13 @@ async def stage(server: EmbeddedPostgres) -> AsyncGenerator[DemoContext]:
 
 
 def require(*claims: bool) -> None:
-    """Raise unless every claim holds."""
+    """Raise an error unless every claim is true."""
     if not all(claims):
         raise DisprovedError
 
 
 async def refusal(attempt: Awaitable[object], error: type[Exception]) -> str:
-    """Return what the refusal says; raise if there is none."""
+    """Return the message of the expected error; raise if the attempt succeeds."""
     try:
         await attempt
     except error as refused:
@@ -112,7 +111,7 @@ async def _by_id(at: DemoContext) -> str:
     answers = {await refusal(attempt, TaskNotFoundError) for attempt in attempts}
     untouched = await at.db.tasks.get("alice", 1)
     require(len(answers) == 1, untouched.title == "Buy milk", not untouched.completed)
-    return f"“{answers.pop()}”, the same as for a task that nobody has"
+    return f"“{answers.pop()}”, the same as for a task that does not exist"
 
 
 async def _raw_sql(at: DemoContext) -> str:
@@ -120,17 +119,15 @@ async def _raw_sql(at: DemoContext) -> str:
         rows = (await tx.execute(text("SELECT id, user_id FROM tasks"))).all()
     everything = await at.owner.scalar(select(func.count()).select_from(Task))
     require({row.user_id for row in rows} == {"bob"}, everything == 10)  # noqa: PLR2004
-    return f"all the SQL says is SELECT; {len(rows)} of {everything} rows come, all bob's"
+    return f"a SELECT without WHERE returns {len(rows)} of {everything} rows, all bob's"
 
 
 async def _planted(at: DemoContext) -> str:
     try:
         async with at.db.transaction("bob") as tx:
             await tx.execute(insert(Task).values(user_id="alice", title="From bob"))
-    except DBAPIError as error:
-        sqlstate = getattr(error.orig, "sqlstate", None)
-        require(sqlstate == "42501")
-        return f"refused by PostgreSQL itself (SQLSTATE {sqlstate})"
+    except IsolationError as error:
+        return f"refused by PostgreSQL: {error}"
     raise DisprovedError
 
 
@@ -192,15 +189,15 @@ STEPS: Final = (
 
 
 async def play(server: EmbeddedPostgres, show: Callable[[Step, str, bool, float], object]) -> bool:
-    """Prove every step in turn, tell `shown`, and return whether all of them held."""
-    async with stage(server) as at:
+    """Run every step, report it to `show`, and return whether all claims are true."""
+    async with demo_context(server) as at:
         good = True
         for step in STEPS:
             begun = time.perf_counter()
             try:
                 seen, held = await step.prove(at), True
-            except Exception as error:  # noqa: BLE001  # whatever it is, the claim did not hold
-                seen, held = f"it did not hold: {type(error).__name__}", False
+            except Exception as error:  # noqa: BLE001  # any error disproves the claim
+                seen, held = f"false: {type(error).__name__}", False
             show(step, seen, held, time.perf_counter() - begun)
             good = good and held
         return good

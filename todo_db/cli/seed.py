@@ -1,4 +1,4 @@
-"""Users and tasks to look at, made by the same calls an application makes."""
+"""Example users and tasks, stored with the public methods."""
 
 from collections.abc import Callable
 from itertools import batched
@@ -13,15 +13,15 @@ _BATCH: Final = 1_000
 
 
 async def seed(db: Database, users: int, tasks: int, advance: Callable[[int], object]) -> int:
-    """Make sure of so many users and tasks, and return how many tasks were new.
+    """Store users and tasks up to the given numbers; return how many tasks were new.
 
-    What an earlier run stored is counted, not stored again.
+    Users and tasks of an earlier run are counted, and not stored again.
 
     Args:
-        db: Where.
+        db: The database.
         users: How many users.
-        tasks: How many tasks in all, dealt out evenly.
-        advance: Told how many tasks are there, batch by batch.
+        tasks: How many tasks in total, the same number for each user.
+        advance: Called with the number of tasks after each batch.
     """
     created = 0
     for number in range(users):

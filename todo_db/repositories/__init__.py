@@ -1,4 +1,4 @@
-"""The only code that builds statements."""
+"""The repositories: the only code that builds SQL statements."""
 
 from todo_db.repositories.statements import Executor, Operation, Retry, Statement
 from todo_db.repositories.tasks import TaskRepository

@@ -1,13 +1,26 @@
-"""Statements as values: built and compiled once by SQLAlchemy, run by whoever executes them."""
+"""Statements as values: built and compiled once by SQLAlchemy, run by an `Executor`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cached_property
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, NamedTuple, Protocol, cast
 
-from sqlalchemy import ColumnElement, Executable, Text, bindparam
+from sqlalchemy import (
+    BindParameter,
+    ClauseElement,
+    ColumnElement,
+    Executable,
+    Select,
+    SelectBase,
+    Text,
+    bindparam,
+    func,
+    literal_column,
+    select,
+    true,
+)
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
+from sqlalchemy.sql import visitors
 from sqlalchemy.sql.compiler import SQLCompiler
 
 OWNER: Final = "user_id"
@@ -23,6 +36,23 @@ class Row(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
 
+class Compiled(NamedTuple):
+    """A statement as it is sent.
+
+    Attributes:
+        sql: The text, with `$1`, `$2`, … for its parameters.
+        names: The parameters' names, in this order.
+    """
+
+    sql: str
+    names: tuple[str, ...]
+
+    def arguments(self, user_id: str, values: Mapping[str, object]) -> Iterator[object]:
+        """Return the values in the order of the parameters; `values` must name each once."""
+        given = {**values, OWNER: user_id}
+        return map(given.__getitem__, self.names)
+
+
 class Statement:
     """One shape of SQL, written once as a function of its owner and compiled at first use.
 
@@ -34,43 +64,68 @@ class Statement:
         self._build = build
 
     @cached_property
-    def sql(self) -> str:
-        """The text that is sent, with `$1`, `$2`, … for its parameters."""
-        return self._compiled[0]
-
-    def arguments(self, user_id: str, values: Mapping[str, object]) -> Iterator[object]:
-        """Return the values in the order of the parameters; `values` must name each once."""
-        given = {**values, OWNER: user_id}
-        return map(given.__getitem__, self._compiled[1])
+    def in_transaction(self) -> Compiled:
+        """The statement for a transaction, whose BEGIN has set user, role and search path."""
+        _, statement = self._built()
+        return _compiled(statement)
 
     @cached_property
-    def _compiled(self) -> tuple[str, tuple[str, ...]]:
+    def alone(self) -> Compiled:
+        """The same statement for autocommit: it sets its user itself.
+
+        It stays as it is, inside `WITH result AS (…)`, and is read under a condition that sets the
+        user and names no column: PostgreSQL evaluates that once, before it starts the statement
+        (docs/decisions/0011-one-trip.md). Tables are written with their schema.
+        """
+        owner, inner = self._built()
+        result = cast("Select[Any]", inner).cte("result")
+        if isinstance(inner, SelectBase):
+            result = result.prefix_with("MATERIALIZED")
+        user = func.pg_catalog.set_config(literal_column("'todo_db.user_id'"), owner, true())
+        return _compiled(
+            select(result).where(select(user).scalar_subquery().is_not(None)),
+            schema_translate_map={None: "public"},
+            render_schema_translate=True,
+        )
+
+    def _built(self) -> tuple[BindParameter[str], Executable]:
         owner = bindparam(OWNER, type_=Text())
-        compiled = cast("SQLCompiler", self._build(owner).compile(dialect=_DIALECT))  # type: ignore[attr-defined]
-        names = tuple(compiled.positiontup or ())
-        if OWNER not in names:
+        statement = self._build(owner)
+        if not any(
+            _is_owner(element) for element in visitors.iterate(cast("ClauseElement", statement))
+        ):
             raise AssertionError("a statement does not bind its owner")
-        return str(compiled), names
+        return owner, statement
+
+
+def _is_owner(element: object) -> bool:
+    return isinstance(element, BindParameter) and element.key == OWNER
+
+
+def _compiled(statement: Executable, **options: object) -> Compiled:
+    compiled = cast("SQLCompiler", statement.compile(dialect=_DIALECT, **options))  # type: ignore[attr-defined]
+    return Compiled(str(compiled), tuple(compiled.positiontup or ()))
 
 
 class Retry(Enum):
-    """What may be done when it is not known whether a call was committed."""
+    """What may be done when it is not known whether an operation was committed."""
 
     READ_ONLY = auto()
-    """It changed nothing: its rows are right whatever became of its end."""
+    """It changed nothing: its rows are right whether or not its transaction was committed."""
     IDEMPOTENT = auto()
-    """It sets what it sets: run it again."""
+    """Running it twice leaves what running it once leaves: run it again."""
     IDEMPOTENT_DELETE = auto()
-    """It deletes one row: run it again, and find nothing left to delete."""
+    """It deletes one row: run it again, and take a missing row for its success."""
     UNSAFE = auto()
-    """It would do it twice, or count wrongly: the caller has to know."""
+    """Not safe to repeat. If the outcome is unknown, raise OutcomeUnknownError."""
 
 
-@dataclass(frozen=True, slots=True)
-class Operation[T]:
+class Operation[T](NamedTuple):
     """One statement with its values, and what its rows mean.
 
     Attributes:
+        statement: What is sent.
+        values: Its parameters by name, the owner excepted.
         map_rows: Turns the rows into what the caller gets; may raise an error of the tree.
         retry: What an unknown outcome allows.
         needs_savepoint: Whether the caller goes on after an error of the statement, so that a

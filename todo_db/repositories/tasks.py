@@ -1,4 +1,4 @@
-"""The tasks of one user."""
+"""The repository of tasks, and its statements."""
 
 import builtins
 import json
@@ -60,21 +60,23 @@ _COLUMNS: Final = (
 _TITLE: Final = Task.title.collate("C")
 
 type Filters = tuple[bool | None, str | None]
-"""What a list or a count is narrowed to: `completed`, and the pattern of a search."""
+"""The filters of a list or a count: `completed`, and the LIKE pattern of a search."""
 
 
 class TaskRepository:
-    """The tasks of one user: every method takes `user_id` first, and reaches nobody else's.
+    """The tasks of one user. Every method takes `user_id` first, and reaches only that user's rows.
 
-    On a `Database` each call is its own transaction of three round trips, committed before it
-    returns, and run again when it is known not to have been applied. On a `Transaction` each
+    On a `Database` each call is its own transaction of three round trips. It has committed when
+    it returns, and it is retried if it is known not to have been applied. On a `Transaction` each
     call is one round trip inside it, and `user_id` must be the transaction's.
 
-    Every method raises `InvalidInputError` before any SQL for an argument that cannot be stored,
-    `IsolationError` for a `user_id` that is not the transaction's, `UnavailableError` when the
-    database did not take the call, and, on a `Database`, `OutcomeUnknownError` when the
-    connection broke during the COMMIT of a change that cannot safely be run again, or that no
-    later try could complete.
+    Every method can raise these errors:
+
+    - `InvalidInputError`, before any SQL, for an argument that cannot be stored.
+    - `IsolationError`, for a `user_id` that is not the transaction's.
+    - `UnavailableError`, if the database did not accept the call. Nothing was applied.
+    - `OutcomeUnknownError`, on a `Database`, if the connection broke during the COMMIT of a
+      change that is not idempotent, or if no retry of an idempotent one succeeded.
 
     Args:
         executor: A `Database` or a `Transaction`.
@@ -94,20 +96,19 @@ class TaskRepository:
     ) -> TaskRecord:
         """Store a new task.
 
-        One INSERT. Takes a share lock on the user's row, which only a change of its keys or
-        its deletion waits for.
+        One INSERT. Takes a FOR KEY SHARE lock on the user's row, which blocks only its deletion
+        and changes of its unique columns.
 
         Args:
-            user_id: Whose task.
+            user_id: The owner of the task.
             title: 1 to 200 characters.
             description: Up to 65,536 characters.
-            completed: Whether it is done already.
-            idempotency_key: What makes the call the same call when it is made again, such as
-                a random UUID: one to 255 characters, the user's own. The task is then stored
-                exactly once, however often the call is made, and an unknown outcome is
-                resolved by making it again. Each such call gets the answer of the first one,
-                whatever became of the task since. In a transaction it costs two round trips
-                more, for a savepoint.
+            completed: Whether the task is completed already.
+            idempotency_key: Identifies this call when it is repeated: 1 to 255 characters, such as
+                a random UUID. Each user has their own keys. The task is stored exactly once, even
+                if the call is repeated, and a repeated call resolves an unknown outcome. Every
+                repeated call returns the result of the first one, even if the task was changed or
+                deleted since. In a transaction a key costs two more round trips, for a savepoint.
 
         Raises:
             UserNotFoundError: There is no such user.
@@ -134,9 +135,9 @@ class TaskRepository:
         """Store up to 10,000 new tasks with one INSERT, all or none, and return them in order.
 
         Args:
-            user_id: Whose tasks.
-            tasks: What each of them is.
-            idempotency_key: As for `create`, for all of them together.
+            user_id: The owner of the tasks.
+            tasks: The new tasks.
+            idempotency_key: One key for all tasks; otherwise as for `create`.
 
         Raises:
             UserNotFoundError: There is no such user.
@@ -157,7 +158,7 @@ class TaskRepository:
         One SELECT by primary key and owner; takes no lock.
 
         Raises:
-            TaskNotFoundError: The user has no such task, whether or not someone else has.
+            TaskNotFoundError: The user has no such task; another user may have it.
         """
         user_id = inputs.user_id(user_id)
         values = {"task_id": inputs.task_id(task_id)}
@@ -175,16 +176,16 @@ class TaskRepository:
     ) -> Page[TaskRecord]:
         """Return one page of tasks.
 
-        One SELECT; takes no lock. Nobody else's rows are looked at, however deep the page; it
-        passes over the user's own before it in the index.
+        One SELECT; takes no lock. It reads no row of another user. For a deep page it skips the
+        user's own index entries of the pages before.
 
         Args:
-            user_id: Whose tasks.
-            completed: Only those that are, or are not; None for both.
-            search: Only those with this text in title or description, in any case.
-            sort: Their order.
-            limit: Rows of a page, 1 to 1,000.
-            cursor: `next_cursor` of the page before, asked with the same sort and filters.
+            user_id: The owner of the tasks.
+            completed: Only tasks that are completed (True) or not (False); None for both.
+            search: Only tasks with this text in title or description, in upper or lower case.
+            sort: The order of the tasks.
+            limit: The number of tasks of a page, 1 to 1,000.
+            cursor: `next_cursor` of the previous page, for the same sort and filters.
 
         Raises:
             InvalidCursorError: The cursor is damaged, or belongs to another sort or filter.
@@ -204,11 +205,12 @@ class TaskRepository:
         search: str | None = None,
         sort: TaskSort = TaskSort.NEWEST,
     ) -> AsyncIterator[TaskRecord]:
-        """Yield all tasks, page by page, in flat memory.
+        """Yield all tasks; only one page of 500 is in memory at a time.
 
-        On a `Database` each page of 500 is its own transaction, so no connection is held while
-        the caller works; a task that is changed meanwhile may be seen in either state, and one
-        whose sort key is changed may be missed or seen twice. `NEWEST` has no such key.
+        On a `Database` each page is its own transaction, so no connection is held while the
+        caller processes a task. A task that changes during the iteration is yielded in its old or
+        its new state. If its sort key changes, it may be missed or yielded twice; `NEWEST` and
+        `OLDEST` sort by id, which never changes.
         """
         user_id = inputs.user_id(user_id)
         filters = _filters(completed, search)
@@ -227,7 +229,7 @@ class TaskRepository:
     ) -> int:
         """Count the tasks that `list` would return on all its pages.
 
-        One SELECT; takes no lock. Its time grows with the user's own tasks.
+        One SELECT; takes no lock. Its time grows with the number of the user's own tasks.
         """
         user_id = inputs.user_id(user_id)
         filters = _filters(completed, search)
@@ -240,6 +242,7 @@ class TaskRepository:
         self,
         user_id: str,
         task_id: int,
+        /,
         *,
         expected_updated_at: datetime | None = None,
         **changes: Unpack[TaskChanges],
@@ -249,13 +252,13 @@ class TaskRepository:
         One UPDATE; locks the row. `updated_at` moves only when a column really changes.
 
         Args:
-            user_id: Whose task.
-            task_id: Which task.
-            expected_updated_at: Change it only if its `updated_at` still is this.
-            **changes: `title`, `description`, `completed`; None is NULL.
+            user_id: The owner of the task.
+            task_id: The task.
+            expected_updated_at: Change the task only if its `updated_at` still has this value.
+            **changes: `title`, `description`, `completed`; None means NULL.
 
         Raises:
-            TaskNotFoundError: The user has no such task, whether or not someone else has.
+            TaskNotFoundError: The user has no such task; another user may have it.
             StaleTaskError: `expected_updated_at` no longer holds; nothing was changed.
         """
         user_id = inputs.user_id(user_id)
@@ -278,24 +281,24 @@ class TaskRepository:
         return await self._executor.perform(user_id, operation)
 
     async def toggle(self, user_id: str, task_id: int) -> TaskRecord:
-        """Turn `completed` around, whatever it is at that moment.
+        """Change `completed` to its opposite.
 
-        One UPDATE; locks the row, so that two toggles at once are two toggles.
+        One UPDATE; locks the row, so that two toggles at the same time both take effect.
 
         Raises:
-            TaskNotFoundError: The user has no such task, whether or not someone else has.
+            TaskNotFoundError: The user has no such task; another user may have it.
         """
         user_id = inputs.user_id(user_id)
         values = {"task_id": inputs.task_id(task_id)}
         return await self._executor.perform(user_id, Operation(_TOGGLE, values, _one))
 
     async def delete(self, user_id: str, task_id: int) -> None:
-        """Delete one task, for good. Its id is never used again.
+        """Delete one task permanently. Its id is never used again.
 
         One DELETE.
 
         Raises:
-            TaskNotFoundError: The user has no such task, whether or not someone else has.
+            TaskNotFoundError: The user has no such task; another user may have it.
         """
         user_id = inputs.user_id(user_id)
         values = {"task_id": inputs.task_id(task_id)}
@@ -304,12 +307,12 @@ class TaskRepository:
         )
 
     async def update_many(
-        self, user_id: str, task_ids: Iterable[int], **changes: Unpack[TaskChanges]
+        self, user_id: str, task_ids: Iterable[int], /, **changes: Unpack[TaskChanges]
     ) -> int:
         """Change the given columns of up to 10,000 tasks; return how many really changed.
 
-        One UPDATE; locks the rows in the order of their ids. Ids that are not the user's, and
-        tasks that are as wanted already, are passed over.
+        One UPDATE; locks the rows in the order of their ids. It ignores ids that are not the
+        user's, and tasks that have the new values already.
         """
         user_id = inputs.user_id(user_id)
         ids = inputs.task_ids(task_ids)
@@ -321,17 +324,17 @@ class TaskRepository:
         return await self._executor.perform(user_id, operation)
 
     async def delete_many(self, user_id: str, task_ids: Iterable[int]) -> int:
-        """Delete up to 10,000 tasks; return how many there were.
+        """Delete up to 10,000 tasks; return how many were deleted.
 
-        One DELETE; locks the rows in the order of their ids. Ids that are not the user's are
-        passed over.
+        One DELETE; locks the rows in the order of their ids. It ignores ids that are not the
+        user's.
         """
         user_id = inputs.user_id(user_id)
         values = {"task_ids": inputs.task_ids(task_ids)}
         return await self._executor.perform(user_id, Operation(_DELETE_MANY, values, _number))
 
     async def delete_completed(self, user_id: str) -> int:
-        """Delete all completed tasks; return how many there were.
+        """Delete all completed tasks; return how many were deleted.
 
         One DELETE; locks the rows in the order of their ids.
         """
@@ -383,7 +386,7 @@ def _keyed(
     method: str, key: str, user_id: str, tasks: Sequence[NewTask]
 ) -> Operation[list[TaskRecord]]:
     digest = sha256(method.encode())
-    # One by one: the text of them all would be many times their size.
+    # One by one, because the JSON text of all tasks at once would need much memory.
     for task in tasks:
         digest.update(
             _JSON([task.title, task.description, task.completed]).encode(errors="surrogatepass")
@@ -393,7 +396,7 @@ def _keyed(
     def result(rows: Sequence[Row]) -> list[TaskRecord]:
         if rows and rows[0][2] != fingerprint:
             raise IdempotencyKeyReusedError
-        # The arguments are those of the first call, and so is all that they decided.
+        # The arguments equal those of the first call, so the result is built from them.
         return [
             TaskRecord(
                 task_id,
@@ -404,7 +407,7 @@ def _keyed(
                 created_at,
                 created_at,
             )
-            # Without any task, a key that is known is a row all the same.
+            # A known key without any task still returns one row, which zip drops.
             for task, (task_id, created_at, _) in zip(tasks, rows, strict=False)
         ]
 
@@ -448,7 +451,7 @@ def _page(
             return Page(items, None)
         return Page(items, encode(sort, filters, _position(sort, items[-1])))
 
-    # One row more than the page says whether there is another page.
+    # One more row than the page shows whether there is a next page.
     values = _filter_values(filters) | {"limit": limit + 1}
     if sort is TaskSort.NEWEST:
         values["after_id"] = BIGINT_MAX if after is None else after.id
@@ -460,7 +463,7 @@ def _page(
     return Operation(statement, values, result, Retry.READ_ONLY)
 
 
-# The statements, one for each shape.
+# The statements, one for each shape of SQL.
 
 _TASK_ID: Final = bindparam("task_id", type_=BigInteger())
 _AFTER_ID: Final = bindparam("after_id", type_=BigInteger())
@@ -472,7 +475,7 @@ _NEW: Final[dict[str, BindParameter[Any]]] = {
 
 
 def _strings(name: str) -> BindParameter[Any]:
-    # asyncpg asks the server about any other array type, once on each connection.
+    # For any other array type asyncpg queries the catalogue once on each connection.
     return bindparam(name, type_=ARRAY(Text()))
 
 
@@ -507,10 +510,9 @@ def _page_statement(
             .limit(bindparam("limit", type_=Integer()))
         )
         match sort:
-            # The owner is in the key and in the order, so that the planner cannot prefer to
-            # walk the primary key past everybody else's rows; as a sub-select, because of a
-            # constant its place among all ids would be taken for the share of the rows
-            # (docs/decisions/0002-keyset-by-owner.md).
+            # With the owner in the key and in the order, the planner does not walk the primary
+            # key past other users' rows. The sub-select hides its value, from which the planner
+            # would estimate too few rows (docs/decisions/0002-keyset-by-owner.md).
             case TaskSort.NEWEST:
                 return page.where(
                     tuple_(Task.user_id, Task.id) < tuple_(first, _AFTER_ID)
@@ -562,7 +564,7 @@ def _update_statement(columns: frozenset[str]) -> Statement:
 
 @cache
 def _update_if_statement(columns: frozenset[str]) -> Statement:
-    """Change the row if it is fresh; else return it as it is, marked, to tell stale from gone."""
+    """Change the row if it has the expected version; else return it unchanged, marked false."""
 
     def build(owner: ColumnElement[str]) -> Executable:
         changed = (
@@ -585,7 +587,7 @@ def _update_if_statement(columns: frozenset[str]) -> Statement:
 
 
 def _locked(owner: ColumnElement[str], *which: ColumnElement[bool]) -> CTE:
-    """Lock the rows in the order of their ids: two bulk changes then wait, not deadlock."""
+    """Lock the rows in the order of their ids, so that two bulk changes do not deadlock."""
     return (
         select(Task.id)
         .where(Task.user_id == owner, *which)
@@ -658,8 +660,8 @@ def _create_given(owner: ColumnElement[str], *unless: ColumnElement[bool]) -> In
 def _create_keyed(owner: ColumnElement[str]) -> Executable:
     """Store the tasks and the key, or find the key, in one statement.
 
-    Two calls at once both find nothing and both store: then the primary key stops the second
-    one, with all it stored, and its next try finds the key of the first.
+    Two calls at the same time may both find no key and insert their tasks. Then the primary key
+    makes the second call fail and undoes its tasks, and its retry finds the first call's key.
     """
     key, fingerprint = bindparam("key", type_=Text()), bindparam("fingerprint", type_=Text())
     known = (

@@ -1,4 +1,4 @@
-"""The caller's own user row."""
+"""The repository of users, and its statements."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -29,7 +29,7 @@ _ENSURE_TRIES: Final = 3
 
 
 class UserRepository:
-    """The caller's own row of `users`: every method takes its id, and reaches nobody else's.
+    """One user's row of `users`. Every method takes `user_id` first, and reaches only that row.
 
     Transactions, retries and the errors of every method are as for `TaskRepository`.
 
@@ -43,7 +43,7 @@ class UserRepository:
     async def create(
         self, user_id: str, *, email: str, name: str, username: str | None = None
     ) -> UserRecord:
-        """Store a new user under the id that the caller's authentication gave.
+        """Store a new user under the id that your authentication provides.
 
         One INSERT. The e-mail address is stored in lower case.
 
@@ -61,13 +61,13 @@ class UserRepository:
         return await self._executor.perform(user_id, Operation(_CREATE, values, _one))
 
     async def ensure(self, user_id: str, *, email: str, name: str) -> UserRecord:
-        """Return the user, stored first if there is none; an existing row stays as it is.
+        """Return the user; store it first if it does not exist. An existing row is not changed.
 
-        One INSERT … ON CONFLICT, run up to three times when another call stores the same user
-        at the same moment. In a transaction it is wrapped in a savepoint.
+        One INSERT … ON CONFLICT, run up to three times if another call stores the same user at
+        the same time. In a transaction it is wrapped in a savepoint.
 
         Raises:
-            EmailTakenError: There is no such user, and another one has this e-mail address.
+            EmailTakenError: There is no such user, and another user has this e-mail address.
         """
         user_id = inputs.user_id(user_id)
         values = {"email": inputs.email(email), "name": inputs.name(name)}
@@ -94,14 +94,14 @@ class UserRepository:
         user_id = inputs.user_id(user_id)
         return await self._executor.perform(user_id, Operation(_GET, {}, _one, Retry.READ_ONLY))
 
-    async def update(self, user_id: str, **changes: Unpack[UserChanges]) -> UserRecord:
+    async def update(self, user_id: str, /, **changes: Unpack[UserChanges]) -> UserRecord:
         """Change the given columns; without any, return the user as `get` does.
 
-        One UPDATE; locks the row. The e-mail address belongs to the authentication.
+        One UPDATE; locks the row. The e-mail address is changed by the authentication, not here.
 
         Args:
-            user_id: Who.
-            **changes: `name`, `username`, `image`; None is NULL.
+            user_id: The user.
+            **changes: `name`, `username`, `image`; None means NULL.
 
         Raises:
             UserNotFoundError: There is no such user.
@@ -118,7 +118,7 @@ class UserRepository:
     async def delete(self, user_id: str) -> None:
         """Delete the user and, by cascade, all the user's tasks.
 
-        One DELETE; locks all of it until the commit.
+        One DELETE; locks all these rows until the commit.
 
         Raises:
             UserNotFoundError: There is no such user.
@@ -165,7 +165,7 @@ def _ensure(owner: ColumnElement[str]) -> Executable:
         .returning(*_COLUMNS)
         .cte("created")
     )
-    # The SELECT does not see what its own statement stored, so the two never overlap.
+    # The SELECT does not see a row that its own statement stored, so only one part returns it.
     return select(created).union_all(select(*_COLUMNS).where(User.id == owner))
 
 
