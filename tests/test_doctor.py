@@ -1,4 +1,4 @@
-"""Plants each weakness in a sound database, and sees it found, alone, with its name."""
+"""Creates each weakness in a sound database; the doctor must report it, and nothing else."""
 
 import asyncio
 import ssl
@@ -17,7 +17,7 @@ from todo_db import doctor
 from todo_db.doctor import Report, examine
 from todo_db.doctor.checks import CHECKS
 from todo_db.embedded import LOGIN, EmbeddedPostgres
-from todo_db.engine import parse_url
+from todo_db.engine import Pool
 from todo_db.errors import ConfigurationError, SchemaError, TodoDBError, UnavailableError
 from todo_db.migrations import downgrade, upgrade
 from todo_db.models import REVISION
@@ -30,7 +30,7 @@ DATABASE = "todo_planted"
 MARKER = "hunter2"
 NEON = f"postgresql://alice:{MARKER}@ep-cool-1234-pooler.eu-central-1.aws.neon.tech/todo"
 
-# Tests start their server with fsync off, and with nothing else amiss.
+# Findings of every test server: it runs with fsync off, and is sound otherwise.
 SOUND: Found = {("durability-weakened", "fsync")}
 
 MINE = "user_id = (SELECT nullif(current_setting('todo_db.user_id', true), ''))"
@@ -52,12 +52,12 @@ KEYED = f"""{UNKEYED}, ADD CONSTRAINT fk_tasks_user_id_users
 
 
 @dataclass(frozen=True)
-class Plant:
-    """What the owner of the tables does to them, and what the doctor says of it.
+class Weakness:
+    """A weakness that the owner of the tables creates, and the doctor's finding.
 
     Attributes:
-        undo: For what outlives the database; then a superuser does both.
-        login: Who sees it.
+        undo: For a change outside the database; then a superuser makes and undoes the change.
+        login: The login that runs the doctor.
     """
 
     code: str
@@ -69,50 +69,52 @@ class Plant:
 
 PLANTS = (
     # A2 A3 A4: roles
-    Plant(
+    Weakness(
         "role-bypasses",
         "todo_app",
         "ALTER ROLE todo_app BYPASSRLS",
         "ALTER ROLE todo_app NOBYPASSRLS",
     ),
-    Plant(
+    Weakness(
         "role-bypasses",
         "todo_app",
         "ALTER ROLE todo_app SUPERUSER",
         "ALTER ROLE todo_app NOSUPERUSER",
     ),
-    Plant(
+    Weakness(
         "role-member",
         "boss",
         "CREATE ROLE boss BYPASSRLS; GRANT boss TO todo_app",
         "DROP ROLE boss",
     ),
-    Plant("role-member", "boss", "CREATE ROLE boss; GRANT boss TO todo_app", "DROP ROLE boss"),
-    Plant(
+    Weakness("role-member", "boss", "CREATE ROLE boss; GRANT boss TO todo_app", "DROP ROLE boss"),
+    Weakness(
         "role-owns",
         "public.tasks",
         "ALTER TABLE tasks OWNER TO todo_app",
         f"ALTER TABLE tasks OWNER TO {OWNER}",
     ),
-    Plant(
+    Weakness(
         "login-bypasses", LOGIN, f"ALTER ROLE {LOGIN} BYPASSRLS", f"ALTER ROLE {LOGIN} NOBYPASSRLS"
     ),
-    Plant("login-bypasses", LOGIN, f"GRANT {OWNER} TO {LOGIN}", f"REVOKE {OWNER} FROM {LOGIN}"),
-    Plant("login-not-member", LOGIN, f"REVOKE todo_app FROM {LOGIN}", f"GRANT todo_app TO {LOGIN}"),
-    Plant(
+    Weakness("login-bypasses", LOGIN, f"GRANT {OWNER} TO {LOGIN}", f"REVOKE {OWNER} FROM {LOGIN}"),
+    Weakness(
+        "login-not-member", LOGIN, f"REVOKE todo_app FROM {LOGIN}", f"GRANT todo_app TO {LOGIN}"
+    ),
+    Weakness(
         "login-member",
         "pg_execute_server_program",
         f"GRANT pg_execute_server_program TO {LOGIN}",
         f"REVOKE pg_execute_server_program FROM {LOGIN}",
     ),
-    Plant(
+    Weakness(
         "login-member",
         "todo_auth",
         f"GRANT todo_auth TO {LOGIN} WITH ADMIN TRUE, INHERIT FALSE, SET FALSE",
         f"REVOKE todo_auth FROM {LOGIN}",
     ),
-    Plant("login-auth", LOGIN, f"GRANT todo_auth TO {LOGIN}", f"REVOKE todo_auth FROM {LOGIN}"),
-    Plant(
+    Weakness("login-auth", LOGIN, f"GRANT todo_auth TO {LOGIN}", f"REVOKE todo_auth FROM {LOGIN}"),
+    Weakness(
         "login-auth",
         "erin",
         """CREATE ROLE erin LOGIN NOINHERIT;
@@ -120,7 +122,7 @@ PLANTS = (
         "DROP ROLE erin",
         login="erin",
     ),
-    Plant(
+    Weakness(
         "login-auth",
         "erin",
         """CREATE ROLE erin LOGIN IN ROLE todo_app;
@@ -128,107 +130,107 @@ PLANTS = (
         "DROP ROLE erin",
         login="erin",
     ),
-    Plant(
+    Weakness(
         "owner-blind",
         "public.users",
         "CREATE ROLE carol; ALTER TABLE users OWNER TO carol",
         "ALTER TABLE users OWNER TO postgres; DROP ROLE carol",
     ),
     # A1 A9: row-level security
-    Plant("rls-disabled", "public.tasks", "ALTER TABLE tasks DISABLE ROW LEVEL SECURITY"),
-    Plant(
+    Weakness("rls-disabled", "public.tasks", "ALTER TABLE tasks DISABLE ROW LEVEL SECURITY"),
+    Weakness(
         "rls-disabled", "public.notes", "CREATE TABLE notes (); GRANT DELETE ON notes TO todo_app"
     ),
-    Plant(
+    Weakness(
         "rls-disabled",
         "public.notes",
         "CREATE TABLE notes (a text); GRANT SELECT (a) ON notes TO PUBLIC",
     ),
-    Plant("rls-not-forced", "public.users", "ALTER TABLE users NO FORCE ROW LEVEL SECURITY"),
+    Weakness("rls-not-forced", "public.users", "ALTER TABLE users NO FORCE ROW LEVEL SECURITY"),
     # B1 B2 B3 B4: policies
-    Plant("policy-missing", "public.tasks", "DROP POLICY tasks_own ON tasks"),
-    Plant("policy-fence-missing", "public.users", "DROP POLICY users_fence ON users"),
-    Plant(
+    Weakness("policy-missing", "public.tasks", "DROP POLICY tasks_own ON tasks"),
+    Weakness("policy-fence-missing", "public.users", "DROP POLICY users_fence ON users"),
+    Weakness(
         "policy-fence-missing",
         "public.idempotency_keys",
         "DROP POLICY idempotency_keys_fence ON idempotency_keys",
     ),
-    Plant(
+    Weakness(
         "policy-constant",
         "extra on public.tasks",
         "CREATE POLICY extra ON tasks TO todo_app USING (true)",
     ),
-    Plant(
+    Weakness(
         "policy-constant",
         "extra on public.tasks",
         "CREATE POLICY extra ON tasks FOR SELECT TO todo_app USING (1 = 1)",
     ),
-    Plant(
+    Weakness(
         "policy-constant",
         "tasks_own on public.tasks",
         "ALTER POLICY tasks_own ON tasks WITH CHECK (true)",
     ),
-    Plant(
+    Weakness(
         "policy-public", "tasks_own on public.tasks", "ALTER POLICY tasks_own ON tasks TO PUBLIC"
     ),
-    Plant(
+    Weakness(
         "policy-altered",
         "tasks_own on public.tasks",
         f"ALTER POLICY tasks_own ON tasks USING ({MINE} OR current_setting('x', true) IS NULL)",
     ),
-    Plant(
+    Weakness(
         "policy-altered",
         "tasks_own on public.tasks",
         """ALTER POLICY tasks_own ON tasks USING
         (user_id = (SELECT current_setting('todo_db.user_id', true)))""",
     ),
-    Plant(
+    Weakness(
         "policy-altered",
         "idempotency_keys_own on public.idempotency_keys",
         "ALTER POLICY idempotency_keys_own ON idempotency_keys USING (user_id = 'x')",
     ),
-    Plant("policy-helper", "public.me()", HELPER),
-    Plant("policy-helper", "public.me()", f"{HELPER}; ALTER FUNCTION me() VOLATILE"),
+    Weakness("policy-helper", "public.me()", HELPER),
+    Weakness("policy-helper", "public.me()", f"{HELPER}; ALTER FUNCTION me() VOLATILE"),
     # C1 C2 C3: objects that change whose rights apply
-    Plant(
+    Weakness(
         "function-search-path",
         "public.everything()",
         "CREATE FUNCTION everything() RETURNS bigint LANGUAGE sql AS 'SELECT count(*) FROM tasks'",
     ),
-    Plant(
+    Weakness(
         "function-search-path",
         "public.set_updated_at()",
         "ALTER FUNCTION set_updated_at() RESET search_path",
     ),
-    Plant(
+    Weakness(
         "function-definer",
         "public.everything()",
         """CREATE FUNCTION everything() RETURNS bigint LANGUAGE sql SECURITY DEFINER
         RETURN (SELECT count(*) FROM tasks)""",
     ),
-    Plant(
+    Weakness(
         "function-definer",
         "public.find_credential(text)",
         """CREATE FUNCTION find_credential(text) RETURNS bigint LANGUAGE sql SECURITY DEFINER
         RETURN (SELECT count(*) FROM sessions)""",
     ),
-    Plant(
+    Weakness(
         "function-definer",
         "other.find_credential(text,text)",
         """CREATE SCHEMA other; CREATE FUNCTION other.find_credential(text, text) RETURNS bigint
         LANGUAGE sql SECURITY DEFINER RETURN (SELECT count(*) FROM accounts)""",
     ),
-    Plant(
+    Weakness(
         "function-search-path",
         "public.find_credential(text,text)",
         "ALTER FUNCTION find_credential(text, text) RESET search_path",
     ),
-    Plant(
+    Weakness(
         "view-owner-rights",
         "public.everything",
         "CREATE VIEW everything AS SELECT * FROM tasks; GRANT SELECT ON everything TO todo_app",
     ),
-    Plant(
+    Weakness(
         "view-materialized",
         "public.everything",
         """CREATE MATERIALIZED VIEW everything AS SELECT * FROM tasks;
@@ -236,7 +238,7 @@ PLANTS = (
     ),
     # A7 A8 D2: grants
     *(
-        Plant(
+        Weakness(
             "grant-column",
             f"{way} ({column}) on public.{table}",
             f"GRANT {way} ({column}) ON {table} TO todo_app",
@@ -254,7 +256,7 @@ PLANTS = (
         )
     ),
     *(
-        Plant("grant-auth", f"public.{table}", f"GRANT {right} ON {table} TO {whom}")
+        Weakness("grant-auth", f"public.{table}", f"GRANT {right} ON {table} TO {whom}")
         for table, right, whom in (
             ("sessions", "SELECT", "todo_app"),
             ("sessions", "SELECT (token)", "PUBLIC"),
@@ -265,132 +267,147 @@ PLANTS = (
         )
     ),
     *(
-        Plant("grant-table", "public.tasks", f"GRANT {way} ON tasks TO todo_app")
+        Weakness("grant-table", "public.tasks", f"GRANT {way} ON tasks TO todo_app")
         for way in ("TRUNCATE", "TRIGGER", "REFERENCES", "REFERENCES (id)")
     ),
-    Plant(
+    Weakness(
         "grant-sequence",
         "public.tasks_id_seq",
         "GRANT SELECT ON SEQUENCE tasks_id_seq TO todo_app",
     ),
-    Plant("grant-version", "public.alembic_version", "GRANT DELETE ON alembic_version TO PUBLIC"),
-    Plant("grant-temporary", DATABASE, f"GRANT TEMPORARY ON DATABASE {DATABASE} TO PUBLIC"),
-    Plant(
+    Weakness(
+        "grant-version", "public.alembic_version", "GRANT DELETE ON alembic_version TO PUBLIC"
+    ),
+    Weakness("grant-temporary", DATABASE, f"GRANT TEMPORARY ON DATABASE {DATABASE} TO PUBLIC"),
+    Weakness(
         "grant-create", f"DATABASE {DATABASE}", f"GRANT CREATE ON DATABASE {DATABASE} TO todo_app"
     ),
-    Plant("grant-create", "SCHEMA public", "GRANT CREATE ON SCHEMA public TO PUBLIC"),
-    Plant("grant-default", OWNER, "ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO todo_app"),
-    # What the tables promise
-    Plant(
+    Weakness("grant-create", "SCHEMA public", "GRANT CREATE ON SCHEMA public TO PUBLIC"),
+    Weakness("grant-default", OWNER, "ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO todo_app"),
+    # Guarantees of the tables
+    Weakness(
         "identity-not-always",
         "public.tasks.id",
         "ALTER TABLE tasks ALTER id SET GENERATED BY DEFAULT",
     ),
-    Plant("identity-not-always", "public.tasks.id", "ALTER TABLE tasks ALTER id DROP IDENTITY"),
+    Weakness("identity-not-always", "public.tasks.id", "ALTER TABLE tasks ALTER id DROP IDENTITY"),
     *(
-        Plant("sequence-unsteady", "public.tasks_id_seq", f"ALTER SEQUENCE tasks_id_seq {how}")
+        Weakness("sequence-unsteady", "public.tasks_id_seq", f"ALTER SEQUENCE tasks_id_seq {how}")
         for how in ("CYCLE", "CACHE 50", "INCREMENT -1 START -1 MINVALUE -9 MAXVALUE 1")
     ),
-    Plant("trigger-missing", "public.users", "DROP TRIGGER update_users_updated_at ON users"),
-    Plant("trigger-disabled", "public.tasks", "ALTER TABLE tasks DISABLE TRIGGER USER"),
-    Plant(
+    Weakness("trigger-missing", "public.users", "DROP TRIGGER update_users_updated_at ON users"),
+    Weakness("trigger-disabled", "public.tasks", "ALTER TABLE tasks DISABLE TRIGGER USER"),
+    Weakness(
+        "row-security-off",
+        "row_security",
+        f"ALTER DATABASE {DATABASE} SET row_security = off",
+        f"ALTER DATABASE {DATABASE} RESET row_security",
+    ),
+    Weakness(
         "trigger-silenced",
         "session_replication_role",
         f"ALTER DATABASE {DATABASE} SET session_replication_role = replica",
         f"ALTER DATABASE {DATABASE} RESET session_replication_role",
     ),
-    Plant(
+    Weakness(
         "trigger-disabled",
         "public.tasks",
         "ALTER TABLE tasks ENABLE REPLICA TRIGGER update_tasks_updated_at",
     ),
-    Plant("foreign-key-missing", "public.tasks", UNKEYED),
-    Plant("foreign-key-weak", "fk_tasks_user_id_users on public.tasks", KEYED),
-    Plant(
+    Weakness("foreign-key-missing", "public.tasks", UNKEYED),
+    Weakness("foreign-key-weak", "fk_tasks_user_id_users on public.tasks", KEYED),
+    Weakness(
         "foreign-key-weak",
         "fk_tasks_user_id_users on public.tasks",
         f"{KEYED} ON DELETE CASCADE NOT VALID",
     ),
     # Settings and state
-    Plant(
+    Weakness(
         "durability-weakened",
         "synchronous_commit",
         f"ALTER DATABASE {DATABASE} SET synchronous_commit = off",
     ),
-    Plant("durability-unlogged", "public.tasks", "ALTER TABLE tasks SET UNLOGGED"),
-    Plant(
+    Weakness("durability-unlogged", "public.tasks", "ALTER TABLE tasks SET UNLOGGED"),
+    Weakness(
         "user-preset",
         f"DATABASE {DATABASE}",
         f"ALTER DATABASE {DATABASE} SET todo_db.user_id = '{MARKER}'",
         f"ALTER DATABASE {DATABASE} RESET todo_db.user_id",
     ),
-    Plant(
+    Weakness(
         "user-preset",
         f"ROLE {LOGIN}",
         f"ALTER ROLE {LOGIN} SET todo_db.user_id = '{MARKER}'",
         f"ALTER ROLE {LOGIN} RESET todo_db.user_id",
     ),
-    # Everything else that the migrations made
-    Plant(
+    # Everything else that the migrations created
+    Weakness(
         "catalogue-missing",
         "indexes: CREATE INDEX idx_tasks_user_id ON public.tasks USING btree (user_id, id)",
         "DROP INDEX idx_tasks_user_id",
     ),
-    Plant(
+    Weakness(
         "catalogue-missing",
         "relations: table public.sessions ENABLE ROW LEVEL SECURITY",
         "ALTER TABLE sessions DISABLE ROW LEVEL SECURITY",
     ),
-    Plant(
+    Weakness(
         "catalogue-missing",
         "grants: todo_app: EXECUTE ON FUNCTION find_credential(text,text)",
         "REVOKE EXECUTE ON FUNCTION find_credential(text, text) FROM todo_app",
     ),
-    Plant(
+    Weakness(
         "catalogue-missing",
         "policies: accounts accounts_auth PERMISSIVE ALL TO {todo_auth} USING true WITH CHECK true",
         "DROP POLICY accounts_auth ON accounts",
     ),
-    Plant(
+    Weakness(
         "catalogue-extra",
         "grants: PUBLIC: EXECUTE ON FUNCTION find_credential(text,text)",
         "GRANT EXECUTE ON FUNCTION find_credential(text, text) TO PUBLIC",
     ),
-    Plant(
+    Weakness(
         "catalogue-extra",
         "grants: todo_auth: SELECT ON tasks",
         "GRANT SELECT ON tasks TO todo_auth",
     ),
-    Plant(
+    Weakness(
         "catalogue-extra",
         "constraints: tasks one_of_each UNIQUE (title)",
         "ALTER TABLE tasks ADD CONSTRAINT one_of_each UNIQUE (title)",
     ),
-    Plant(
+    Weakness(
         "catalogue-extra",
         "role: todo_auth member of pg_monitor",
         "GRANT pg_monitor TO todo_auth",
         "REVOKE pg_monitor FROM todo_auth",
     ),
-    Plant("migrations-missing", "alembic_version", "DROP TABLE alembic_version"),
-    Plant(
+    Weakness("migrations-missing", "alembic_version", "DROP TABLE alembic_version"),
+    Weakness(
         "migrations-unreadable",
         "public.alembic_version",
         "REVOKE SELECT ON alembic_version FROM todo_app",
     ),
-    Plant(
+    Weakness(
         "migrations-unreadable",
         "public.alembic_version",
         "REVOKE USAGE ON SCHEMA public FROM PUBLIC, todo_app",
     ),
-    Plant("migrations-behind", "public.alembic_version", "DELETE FROM alembic_version"),
-    Plant(
+    Weakness("migrations-behind", "public.alembic_version", "DELETE FROM alembic_version"),
+    Weakness(
         "migrations-behind",
         "public.alembic_version",
         "UPDATE alembic_version SET version_num = '0001'",
     ),
 )
-ELSEWHERE = {"clock-skewed", "direct-pooled", "server-old", "tls-missing", "tls-unverified"}
+ELSEWHERE = {
+    "clock-skewed",
+    "direct-pooled",
+    "server-old",
+    "statements-untracked",
+    "tls-missing",
+    "tls-unverified",
+}
 
 
 @pytest.fixture(scope="module")
@@ -411,7 +428,7 @@ async def template(cluster: Cluster) -> str:
 
 @pytest_asyncio.fixture
 async def place(cluster: Cluster, template: str) -> AsyncGenerator[Cluster]:
-    """The server, with a sound database to plant in."""
+    """The server, with a sound database."""
     await cluster.execute(
         f"CREATE DATABASE {DATABASE} TEMPLATE {template} STRATEGY FILE_COPY OWNER {OWNER}",
         f"REVOKE TEMPORARY ON DATABASE {DATABASE} FROM PUBLIC",
@@ -426,7 +443,7 @@ async def report(place: Cluster, login: str = LOGIN, direct: str | None = None) 
 
 
 async def found(place: Cluster, login: str = LOGIN, direct: str | None = None) -> Found:
-    """Return what is found besides what is amiss with every server of the tests."""
+    """Return the findings, without those of every test server."""
     findings = (await report(place, login, direct)).findings
     assert findings == tuple(sorted(findings))
     seen = {(finding.code, finding.subject) for finding in findings}
@@ -444,7 +461,7 @@ async def fetchval(place: Cluster, query: str) -> object:
 
 
 @asynccontextmanager
-async def with_weakness(place: Cluster, plant: Plant) -> AsyncGenerator[None]:
+async def with_weakness(place: Cluster, plant: Weakness) -> AsyncGenerator[None]:
     connection = await place.connect("postgres" if plant.undo else OWNER, DATABASE)
     await connection.execute(plant.sql)
     try:
@@ -460,7 +477,7 @@ class TestExamine:
         assert await found(place) == set()
 
     async def test_finds_nothing_as_a_login_that_does_not_inherit(self, place: Cluster) -> None:
-        plant = Plant(
+        plant = Weakness(
             "",
             "",
             "CREATE ROLE dora LOGIN NOINHERIT IN ROLE todo_app",
@@ -491,7 +508,7 @@ class TestExamine:
     @pytest.mark.parametrize(
         "plant", PLANTS, ids=lambda plant: f"{plant.code}: {' '.join(plant.sql.split())[-60:]}"
     )
-    async def test_finds(self, place: Cluster, plant: Plant) -> None:
+    async def test_finds(self, place: Cluster, plant: Weakness) -> None:
         async with with_weakness(place, plant):
             assert await found(place, plant.login) == {(plant.code, plant.subject)}
 
@@ -524,7 +541,7 @@ class TestExamine:
                 "",
             ),
             ("ALTER TABLE tasks ENABLE ALWAYS TRIGGER update_tasks_updated_at", ""),
-            # Of a newer database nobody knows how it should be.
+            # The expected catalogue of a newer revision is not known.
             (
                 "UPDATE alembic_version SET version_num = '9999'; DROP INDEX idx_tasks_user_id",
                 "",
@@ -540,17 +557,15 @@ class TestExamine:
             ),
         ],
     )
-    async def test_is_silent_about_what_is_harmless(
-        self, place: Cluster, harmless: str, undo: str
-    ) -> None:
-        async with with_weakness(place, Plant("", "", harmless, undo)):
+    async def test_ignores_what_is_harmless(self, place: Cluster, harmless: str, undo: str) -> None:
+        async with with_weakness(place, Weakness("", "", harmless, undo)):
             assert await found(place) == set()
 
-    async def test_says_all_of_several(self, place: Cluster) -> None:
+    async def test_reports_several_weaknesses(self, place: Cluster) -> None:
         several = (
             "CREATE TABLE notes (); GRANT ALL ON notes TO PUBLIC; DROP POLICY tasks_own ON tasks"
         )
-        async with with_weakness(place, Plant("", "", several)):
+        async with with_weakness(place, Weakness("", "", several)):
             assert await found(place) == {
                 ("grant-table", "public.notes"),
                 ("policy-missing", "public.tasks"),
@@ -564,20 +579,20 @@ class TestExamine:
             ("ALTER TABLE tasks SET UNLOGGED", "", ("durability-unlogged", "public.tasks")),
         ],
     )
-    async def test_says_no_difference_that_something_else_explains(
+    async def test_reports_no_difference_that_another_finding_explains(
         self, place: Cluster, explanation: str, undo: str, finding: tuple[str, str]
     ) -> None:
-        plant = Plant("", "", f"{explanation}; DROP INDEX idx_tasks_user_id", undo)
+        plant = Weakness("", "", f"{explanation}; DROP INDEX idx_tasks_user_id", undo)
         async with with_weakness(place, plant):
             assert await found(place) == {finding}
 
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
-    async def test_says_a_difference_beside_what_is_not_about_the_schema(
+    async def test_reports_a_difference_next_to_findings_outside_the_schema(
         self, place: Cluster, monkeypatch: pytest.MonkeyPatch, login: str
     ) -> None:
         monkeypatch.setattr(doctor, "time", lambda: time.time() + 6)
         monkeypatch.setattr(doctor, "_line", lambda _transport: "TLS, not verified")
-        plant = Plant(
+        plant = Weakness(
             "",
             "",
             f"""ALTER DATABASE {DATABASE} SET todo_db.user_id = 'x';
@@ -597,7 +612,7 @@ class TestExamine:
             "user-preset",
         }
 
-    async def test_says_what_is_missing_in_a_database_without_our_tables(
+    async def test_reports_what_is_missing_in_a_database_without_our_tables(
         self, place: Cluster
     ) -> None:
         await downgrade(place.url(OWNER, DATABASE), "base")
@@ -608,7 +623,7 @@ class TestExamine:
             ("migrations-unreadable", "public.alembic_version"),
         }
 
-    async def test_says_what_is_missing_in_a_cluster_without_our_role(
+    async def test_reports_what_is_missing_in_a_cluster_without_our_role(
         self,
         todo_postgres: EmbeddedPostgres,  # noqa: ARG002  # as for `cluster`
     ) -> None:
@@ -671,7 +686,7 @@ class TestExamine:
         monkeypatch.setattr(doctor, "time", lambda: time.time() + drift)
         assert await found(place) == set()
 
-    async def test_judges_its_own_connection(
+    async def test_checks_its_own_connection(
         self, place: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[object] = []
@@ -706,7 +721,7 @@ class TestExamine:
 
 
 class TestReport:
-    async def test_says_what_was_looked_at(self, place: Cluster) -> None:
+    async def test_has_what_was_examined(self, place: Cluster) -> None:
         seen = await report(place)
         version = await fetchval(place, "SHOW server_version")
         assert (seen.server_version, seen.revision) == (version, REVISION)
@@ -728,13 +743,13 @@ class TestReport:
             ("REVOKE SELECT ON alembic_version FROM todo_app", None),
         ],
     )
-    async def test_says_how_far_the_migrations_went(
+    async def test_has_the_last_migration(
         self, place: Cluster, plant: str, revision: str | None
     ) -> None:
-        async with with_weakness(place, Plant("", "", plant)):
+        async with with_weakness(place, Weakness("", "", plant)):
             assert (await report(place)).revision == revision
 
-    async def test_says_only_its_version_of_a_server_that_is_too_old(
+    async def test_has_only_the_version_of_a_server_that_is_too_old(
         self, place: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(doctor, "_OLDEST", 990_000)
@@ -751,7 +766,7 @@ class TestReport:
         assert await found(place, direct=NEON.replace("-pooler", "")) == set()
         assert await found(place, direct=place.url(OWNER, DATABASE)) == set()
 
-    async def test_refuses_a_direct_url_that_is_none(self, place: Cluster) -> None:
+    async def test_refuses_an_invalid_direct_url(self, place: Cluster) -> None:
         with pytest.raises(ConfigurationError):
             await report(place, direct=f"mysql://alice:{MARKER}@localhost/todo")
 
@@ -761,9 +776,9 @@ class TestReport:
     async def test_knows_neons_endpoints_by_their_names(
         self, place: Cluster, monkeypatch: pytest.MonkeyPatch, url: str, endpoint: str
     ) -> None:
-        neon = parse_url(url)
-        monkeypatch.setattr(doctor, "parse_url", lambda _text: neon)
-        # A proxy is in front of both.
+        is_pooled, neon = Pool.is_pooled, Pool(Settings(database_url=url))
+        monkeypatch.setattr(Pool, "is_pooled", lambda _pool, **pids: is_pooled(neon, **pids))
+        # Neon has a proxy in front of both endpoints.
         monkeypatch.setattr(doctor, "_SERVER", doctor._SERVER.replace("pg_backend_pid()", "0"))
         assert (await report(place)).endpoint == endpoint
 
@@ -805,7 +820,7 @@ class TestLine:
         context.check_hostname = False
         assert self.line(self.REMOTE, context) == "TLS, not verified"
 
-    def test_T1_certificate_of_anybody(self) -> None:
+    def test_T1_certificate_of_any_authority(self) -> None:
         context = ssl.create_default_context()
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -821,7 +836,7 @@ class TestLine:
             ("clear text", {("tls-missing", "the connection")}),
         ],
     )
-    async def test_is_said_and_judged(
+    async def test_is_reported_and_checked(
         self, place: Cluster, monkeypatch: pytest.MonkeyPatch, line: str, findings: Found
     ) -> None:
         monkeypatch.setattr(doctor, "_line", lambda _transport: line)
@@ -830,10 +845,10 @@ class TestLine:
 
 
 class TestChecks:
-    def test_each_has_been_seen_red(self) -> None:
+    def test_each_is_tested(self) -> None:
         assert {plant.code for plant in PLANTS} | ELSEWHERE == CHECKS.keys()
 
-    def test_what_the_catalogue_cannot_know_is_asked_elsewhere(self) -> None:
+    def test_without_sql_are_checked_elsewhere(self) -> None:
         without_sql = {code for code, check in CHECKS.items() if not check.sql}
         assert without_sql == ELSEWHERE | {
             "catalogue-extra",

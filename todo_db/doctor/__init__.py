@@ -1,4 +1,4 @@
-"""Is this database, URL and role safe: every known weakness, looked for on a live database."""
+"""Find every known weakness of a live database, its URL and its role."""
 
 from asyncio import BaseTransport
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from todo_db.doctor.catalogue import SETTINGS, STATEMENT, catalogued, differences
 from todo_db.doctor.checks import CHECKS, QUERY
-from todo_db.engine import Endpoint, Pool, PooledConnection, parse_url
+from todo_db.engine import Endpoint, Pool, PooledConnection, parse_url, transport
 from todo_db.errors import translated
 from todo_db.models import REVISION
 from todo_db.settings import Settings
@@ -24,10 +24,19 @@ _SERVER: Final = """
         current_setting('server_version_num')::integer AS number, pg_backend_pid() AS pid,
         extract(epoch FROM clock_timestamp())::float8 AS clock
 """
-# After one of these nobody may ask which migrations have run.
+_OWN_NAMES: Final = "SELECT EXISTS (SELECT FROM pg_prepared_statements WHERE starts_with(name, $1))"
+# After one of these findings the role cannot read which migrations have run.
 _UNKNOWN: Final = frozenset({"login-not-member", "migrations-missing", "migrations-unreadable"})
-# What begins like this is not about the schema; anything else explains why that differs.
-_ELSEWHERE: Final = ("clock-", "direct-", "durability-weakened", "login-", "tls-", "user-")
+# Codes with these prefixes are not about the schema. Any other finding can explain a difference.
+_ELSEWHERE: Final = (
+    "clock-",
+    "direct-",
+    "durability-weakened",
+    "login-",
+    "statements-",
+    "tls-",
+    "user-",
+)
 
 type Line = Literal[
     "unix socket", "this machine", "TLS, verified", "TLS, not verified", "clear text"
@@ -43,10 +52,10 @@ class Finding:
     """One weakness.
 
     Attributes:
-        code: Which check found it; stable.
-        subject: The name of the object that has it, or a line of the catalogue; nothing of a row.
-        problem: What it opens, or breaks.
-        remedy: What the owner does about it.
+        code: The stable name of the check.
+        subject: The name of the object, or a line of the catalogue; never a value of a row.
+        problem: What the weakness permits or breaks.
+        remedy: What the owner should do.
     """
 
     code: str
@@ -57,14 +66,14 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was looked at, and what was found.
+    """What was examined, and what was found.
 
     Attributes:
-        findings: The weaknesses, sorted; nothing is what it should be.
-        server_version: As PostgreSQL says it, such as `18.4`.
-        revision: The last migration that ran; None where that cannot be told.
-        endpoint: Whether a pooler stands in front of the server.
-        line: How the way to the server, or to its pooler, is protected.
+        findings: The weaknesses, sorted; empty for a sound database.
+        server_version: PostgreSQL's version, such as `18.4`.
+        revision: The last migration that ran; None if it is not known.
+        endpoint: Whether there is a pooler in front of the server.
+        line: How the connection to the server, or to its pooler, is protected.
     """
 
     findings: tuple[Finding, ...]
@@ -75,14 +84,15 @@ class Report:
 
 
 async def examine(settings: Settings) -> Report:
-    """Look for every known weakness, as the login of the application, over its own connection.
+    """Find every known weakness, with the application's login, over a connection of its own.
 
-    Only reads, and needs no more than the login may read anyway: the system's catalogue. Of a
-    server before PostgreSQL 15 it asks nothing but the version.
+    It only reads, and only the system catalogue, which every login may read. From a server before
+    PostgreSQL 15 it reads only the version.
 
-    At the end everything that the migrations made is compared with what is there: only at
-    exactly the revision of this package, because a newer database may differ, and only if
-    nothing else was found about the schema, because that explains the difference. Mend it first.
+    At the end it compares all objects that the migrations created with those of the database. It
+    does so only if the database is at exactly this package's revision, because a newer database
+    may differ, and only without other findings about the schema, because those may explain the
+    difference. Resolve such findings first.
 
     Raises:
         ConfigurationError: A URL or the login is wrong.
@@ -92,9 +102,9 @@ async def examine(settings: Settings) -> Report:
     try:
         connection = await pool.acquire()
         try:
-            report = await _ask(connection, settings)
+            report = await _ask(pool, connection, settings)
         finally:
-            await pool.release(connection)
+            pool.release(connection)
     except Exception as error:  # noqa: BLE001  # raised again, as ours
         failure = translated(error)
     else:
@@ -104,31 +114,33 @@ async def examine(settings: Settings) -> Report:
     raise failure
 
 
-async def _ask(connection: PooledConnection, settings: Settings) -> Report:
+async def _ask(pool: Pool, connection: PooledConnection, settings: Settings) -> Report:
     driver = connection.driver
-    line = _line(connection.transport)
+    line = _line(transport(driver))
     found = [(_WEAK[line], "the connection")] if line in _WEAK else []
     direct = settings.direct_database_url
     if direct is not None and _parsed(direct).is_pooled:
         found.append(("direct-pooled", "DIRECT_DATABASE_URL"))
     revision = None
     async with driver.transaction(readonly=True):
-        # Nothing of the login's or of a temporary schema can pose as the catalogue, and every
-        # name is printed with its schema.
+        # With this search path no object of the login hides one of the catalogue, and every name
+        # is printed with its schema.
         await driver.execute(f"{SETTINGS}; SET LOCAL search_path = pg_catalog, pg_temp")
         asked = time()
         (server,) = await driver.fetch(_SERVER)
+        is_pooled = pool.is_pooled(told_pid=driver.get_server_pid(), server_pid=server["pid"])
         if not asked - _SKEW_SECONDS <= server["clock"] <= time() + _SKEW_SECONDS:
             found.append(("clock-skewed", "the server"))
         if server["number"] < _OLDEST:
             found.append(("server-old", "the server"))
         else:
             found += [(row[0], row[1]) for row in await driver.fetch(QUERY)]
+            if is_pooled and settings.prepared_statements is None:
+                # A pooler that tracks prepared statements gives them names of its own.
+                own_names = await driver.fetchval(_OWN_NAMES, driver.statement_prefix)
+                found += [("statements-untracked", "the pooler")] if own_names else []
             if not {code for code, _ in found} & _UNKNOWN:
                 revision = await _compare(connection, found)
-    place = _parsed(cast("SecretStr", settings.database_url))
-    # PgBouncer names a process of its own. So does Neon's proxy, pooled or not.
-    is_pooled = place.is_pooled if place.is_neon else server["pid"] != driver.get_server_pid()
     return Report(
         findings=tuple(sorted(_finding(code, subject) for code, subject in found)),
         server_version=server["version"].split()[0],
@@ -139,7 +151,7 @@ async def _ask(connection: PooledConnection, settings: Settings) -> Report:
 
 
 async def _compare(connection: PooledConnection, found: list[tuple[str, str]]) -> str | None:
-    """Return how far the migrations went, and add how the schema differs from what they made."""
+    """Return the last migration that ran, and add findings for differences of the schema."""
     driver = connection.driver
     await driver.execute(f"SET LOCAL ROLE {ROLE}")
     revision = cast(
@@ -157,14 +169,14 @@ def _parsed(url: SecretStr) -> Endpoint:
     return parse_url(url.get_secret_value())
 
 
-def _line(transport: BaseTransport) -> Line:
-    """Judge a connection by what it is, not by what the URL asked for."""
-    peer = transport.get_extra_info("peername")
+def _line(socket: BaseTransport) -> Line:
+    """Classify a connection by its transport, not by the URL."""
+    peer = socket.get_extra_info("peername")
     if not isinstance(peer, tuple):
         return "unix socket"
     if ip_address(cast("str", peer[0])).is_loopback:
         return "this machine"
-    tls = transport.get_extra_info("ssl_object")
+    tls = socket.get_extra_info("ssl_object")
     if tls is None:
         return "clear text"
     sound = tls.context.verify_mode is CERT_REQUIRED and tls.context.check_hostname

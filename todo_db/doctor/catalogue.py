@@ -1,6 +1,6 @@
-"""What Alembic cannot compare: every object, right and rule of a database, as lines of text.
+"""What Alembic does not compare: every object, grant and policy of a database, as lines of text.
 
-`STATEMENT` asks a live database, `EXPECTED` is what the migrations must leave.
+`STATEMENT` reads the lines of a live database, `EXPECTED` has the lines that the migrations create.
 """
 
 import re
@@ -9,8 +9,8 @@ from typing import Final
 
 type Catalogue = dict[str, set[str]]
 
-# Names are printed without the schema public. The rest of it is how the server prints
-# expressions, which a login or a database may have set otherwise.
+# Names are printed without the schema public. The other settings fix the format of expressions,
+# which a login or a database may have changed.
 SETTINGS: Final = """
     SET LOCAL search_path = public, pg_temp;
     SET LOCAL quote_all_identifiers = off;
@@ -65,7 +65,7 @@ QUERIES: Final = {
             CASE WHEN seqcycle THEN 'CYCLE' ELSE 'NO CYCLE' END)
         FROM pg_sequence s JOIN relations r ON r.oid = seqrelid
     """,
-    # PostgreSQL 18 lists NOT NULL here too; the columns have said so already.
+    # PostgreSQL 18 also lists NOT NULL here, which the section columns has already.
     "constraints": """
         SELECT concat_ws(' ', conrelid::regclass, conname, pg_get_constraintdef(k.oid))
         FROM pg_constraint k JOIN spaces n ON n.oid = connamespace WHERE contype <> 'n'
@@ -75,7 +75,7 @@ QUERIES: Final = {
             pg_get_indexdef(indexrelid), CASE WHEN NOT indisvalid THEN 'INVALID' END)
         FROM pg_index JOIN relations r ON r.oid = indexrelid
     """,
-    # A foreign key is four triggers of the server's own, and those can be off as well.
+    # A foreign key consists of four internal triggers, which can be disabled too.
     "triggers": """
         SELECT concat_ws(' ', name,
             CASE WHEN tgisinternal THEN format('%s of %I', tgfoid::regproc, conname)
@@ -102,7 +102,7 @@ QUERIES: Final = {
             'USING', qual, 'WITH CHECK', with_check)
         FROM pg_policies JOIN relations ON nspname = schemaname AND relname = tablename
     """,
-    # Whatever anybody but the owner may do; what nobody granted, PostgreSQL's defaults did.
+    # Every right of a role other than the owner, including PostgreSQL's default grants.
     "grants": """
         SELECT format('%s: %s %s%s',
             CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END,
@@ -137,7 +137,7 @@ QUERIES: Final = {
         FROM pg_auth_members m JOIN pg_roles r ON r.oid = member
         WHERE rolname IN ('todo_app', 'todo_auth')
     """,
-    # What an owner tunes, too.
+    # An owner may add settings, so further lines here are not a finding.
     "settings": """
         SELECT concat_ws(' ', nullif(setrole, 0)::regrole, setconfig)
         FROM pg_db_role_setting
@@ -169,7 +169,7 @@ _TEXT_ID: Final = "id text NOT NULL DEFAULT (gen_random_uuid())::text"
 _TIMESTAMP: Final = "timestamp with time zone"
 _NOW: Final = f"{_TIMESTAMP} NOT NULL DEFAULT now()"
 
-# Which column says whose a row is, where row-level security binds everybody.
+# The column with the owner of a row, in each table with forced row-level security.
 _OWNED: Final = {"idempotency_keys": "user_id", "tasks": "user_id", "users": "id"}
 _AUTH: Final = ("accounts", "jwks", "sessions", "verifications")
 _OF_USERS: Final = ("accounts", "idempotency_keys", "sessions", "tasks")
@@ -338,7 +338,7 @@ EXPECTED: Final[Catalogue] = {
     },
     "grants": {
         "PUBLIC: CONNECT ON DATABASE",
-        # A trigger's function cannot be called.
+        # A trigger function cannot be called directly.
         "PUBLIC: EXECUTE ON FUNCTION set_updated_at()",
         "PUBLIC: USAGE ON SCHEMA public",
         "todo_app: USAGE ON SCHEMA public",
@@ -376,10 +376,10 @@ EXPECTED: Final[Catalogue] = {
 _TABLE: Final = f"({'|'.join(('alembic_version', *_AUTH, *_OWNED))})"
 
 _NONE: Final = re.compile("(?!)")
-# Lines that may be absent: whom the owner does not let in, and what kind of role Better Auth's is.
+# Lines that may be absent: grants to PUBLIC, and the attributes of the role todo_auth.
 _OPTIONAL: Final = {"grants": re.compile("PUBLIC: "), "role": re.compile("todo_auth ")}
-# Additional lines that are a weakness of ours. Foreign tables are none, nor the columns, indexes
-# and unique columns that Better Auth's plugins add.
+# Additional lines that are a weakness. Other tables are allowed, and so are the columns, indexes
+# and unique constraints that Better Auth's plugins add.
 _FORBIDDEN: Final = {
     "policies": re.compile(f"{_TABLE} "),
     "rules": re.compile(f"{_TABLE} "),
@@ -394,7 +394,7 @@ _FORBIDDEN: Final = {
 
 
 def catalogued(lines: Iterable[tuple[str, str]]) -> Catalogue:
-    """Return what `STATEMENT` found, by section."""
+    """Return the lines of `STATEMENT`, by section."""
     found: Catalogue = {section: set() for section in QUERIES}
     for section, line in lines:
         found[section].add(line)
@@ -402,7 +402,7 @@ def catalogued(lines: Iterable[tuple[str, str]]) -> Catalogue:
 
 
 def differences(found: Catalogue) -> Generator[tuple[str, str]]:
-    """Yield the code and the subject of a finding for each line that is missing or too much."""
+    """Yield the code and the subject of a finding for each missing or additional line."""
     for section, expected in EXPECTED.items():
         optional, forbidden = _OPTIONAL.get(section, _NONE), _FORBIDDEN.get(section, _NONE)
         for line in expected - found[section]:

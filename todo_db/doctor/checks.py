@@ -1,4 +1,4 @@
-"""What may be wrong with a database: one query, as a table of small ones."""
+"""The checks of a database: a table of small queries, sent as one."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -9,12 +9,12 @@ from todo_db.transaction import ROLE
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that may be wrong.
+    """One possible weakness.
 
     Attributes:
         problem: As in `Finding`.
         remedy: As in `Finding`, with `{}` for the subject.
-        sql: A query for the names of the subjects; empty where the catalogue cannot know.
+        sql: A query that returns the subjects; empty if the catalogue does not contain them.
     """
 
     problem: str
@@ -22,8 +22,8 @@ class Check:
     sql: str = ""
 
 
-# What the checks have in common. A superuser may do everything, and a table's owner may do
-# everything with it: each is said once, and not again for every right that comes with it.
+# CTEs that the checks share. A superuser has every right, and so has a table's owner on the table:
+# each is reported once, and not again for every right that it implies.
 _COMMON: Final = """
     WITH role AS (SELECT * FROM pg_roles WHERE rolname = 'todo_app'),
     app AS (SELECT oid FROM role WHERE NOT rolsuper),
@@ -63,7 +63,7 @@ _COMMON: Final = """
         WHERE NOT EXISTS (SELECT FROM pg_depend
             WHERE classid = 'pg_proc'::regclass AND objid = p.oid AND deptype = 'e'))
 """
-# How every version of the server prints the one rule that the migrations write.
+# The rule of the migrations, as every version of PostgreSQL prints it.
 _RULE: Final = (
     r"^\((user_id|id) = \( SELECT NULLIF\(current_setting\('todo_db.user_id'::text, true\), "
     r"""''::text\) AS "nullif"\)\)$"""
@@ -122,7 +122,7 @@ CHECKS: Final[dict[str, Check]] = {
     ),
     "owner-blind": Check(
         "its owner neither bypasses nor escapes row-level security: backfills and dumps see no row",
-        "ALTER TABLE {} OWNER TO a role with BYPASSRLS that nobody connects with to serve",
+        "ALTER TABLE {} OWNER TO a role with BYPASSRLS that the application does not connect as",
         """SELECT name FROM relations c JOIN pg_roles r ON r.oid = relowner
         WHERE relforcerowsecurity AND NOT (rolsuper OR rolbypassrls) AND rolname <> 'todo_app'""",
     ),
@@ -266,7 +266,7 @@ CHECKS: Final[dict[str, Check]] = {
         """SELECT DISTINCT defaclrole::regrole::text FROM pg_default_acl, aclexplode(defaclacl) a
         WHERE defaclobjtype = 'r' AND a.grantee IN (SELECT oid FROM app UNION ALL SELECT 0)""",
     ),
-    # What the tables promise
+    # Guarantees of the tables
     "identity-not-always": Check(
         "an id can be given by hand, and be one that exists or existed",
         "ALTER TABLE public.tasks ALTER id SET GENERATED ALWAYS (or ADD, if it has none)",
@@ -294,6 +294,11 @@ CHECKS: Final[dict[str, Check]] = {
         """SELECT name FROM pg_settings
         WHERE name = 'session_replication_role' AND setting <> 'origin'""",
     ),
+    "row-security-off": Check(
+        "it is off: every statement on a table with row-level security fails",
+        "ALTER DATABASE … (or the ROLE) RESET {}",
+        "SELECT name FROM pg_settings WHERE name = 'row_security' AND setting <> 'on'",
+    ),
     "trigger-disabled": Check(
         "a trigger of it is disabled: updated_at or the foreign key is not kept",
         "ALTER TABLE {} ENABLE TRIGGER ALL (a superuser, where it is the foreign key's)",
@@ -301,7 +306,7 @@ CHECKS: Final[dict[str, Check]] = {
         WHERE ours AND tgenabled NOT IN ('O', 'A')""",
     ),
     "foreign-key-missing": Check(
-        "a task may belong to nobody, and outlive its user",
+        "a task may have no user, and outlive its user",
         "ALTER TABLE {} ADD CONSTRAINT fk_tasks_user_id_users FOREIGN KEY (user_id)"
         " REFERENCES public.users ON DELETE CASCADE",
         """SELECT t.name FROM relations t, relations u WHERE t.name = 'public.tasks'
@@ -344,7 +349,7 @@ CHECKS: Final[dict[str, Check]] = {
         UNION ALL SELECT 'todo_app' WHERE NOT EXISTS (SELECT FROM role)""",
     ),
     "migrations-unreadable": Check(
-        f"{ROLE} may not read it, so nobody can tell which migrations have run",
+        f"{ROLE} may not read it, so it cannot tell which migrations have run",
         f"GRANT USAGE ON SCHEMA public TO {ROLE}; GRANT SELECT ON {{}} TO {ROLE}",
         """SELECT name FROM relations r JOIN spaces n ON n.oid = relnamespace, role
         WHERE name = 'public.alembic_version'
@@ -363,12 +368,18 @@ CHECKS: Final[dict[str, Check]] = {
         "no migration made it, so nothing tells what it opens or breaks",
         "drop or revoke it, or have a migration put back what it alters",
     ),
+    "statements-untracked": Check(
+        "it does not track prepared statements (or pools by session), so todo_db turns them off:"
+        " each call costs one round trip more",
+        "set max_prepared_statements of PgBouncer above 0 (1.21 or later), or"
+        " TODO_DB_PREPARED_STATEMENTS=false; =true if it pools by session",
+    ),
     "server-old": Check(
         "it is older than PostgreSQL 15, so nothing else was looked at",
         "upgrade it",
     ),
     "direct-pooled": Check(
-        "it names Neon's pooler, and whoever migrates by it loses its session between statements",
+        "it names Neon's pooler, which gives each transaction of a migration another session",
         "take -pooler out of its host, or leave it out: it is derived from DATABASE_URL",
     ),
     "clock-skewed": Check(
@@ -380,7 +391,8 @@ CHECKS: Final[dict[str, Check]] = {
         "use the server's TLS: add sslmode=verify-full to the URL",
     ),
     "tls-unverified": Check(
-        "it is encrypted, but anybody could be the server: certificate or name are not checked",
+        "it is encrypted, but another machine could pose as the server: certificate or name are"
+        " not checked",
         "add sslmode=verify-full to the URL",
     ),
 }
