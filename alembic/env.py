@@ -1,7 +1,7 @@
-"""Run by Alembic's command line and by `todo_db.migrations`: which database, in which order.
+"""Alembic's environment, for its command line and for `todo_db.migrations`.
 
-All pending migrations are one transaction behind one lock, so that two deploys at once, or a
-deploy that dies half-way, leave the old schema or the new one.
+All pending migrations run in one transaction under one advisory lock. So two deployments at the
+same time, or one that stops half-way, leave the old schema or the new one.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from todo_db.errors import TodoDBError, translated
 from todo_db.migrations import LOCK_SQL, direct_engine
 from todo_db.models import Base
 
-# Better Auth's plugins may add columns to these.
+# Better Auth's plugins may add columns to these tables.
 _SHARED = frozenset({"users", "sessions", "accounts", "verifications", "jwks"})
 
 
@@ -29,7 +29,7 @@ def _number(
     _revision: str | Iterable[str | None] | Iterable[str],
     directives: list[MigrationScript],
 ) -> None:
-    """Give the next revision the next number, four digits wide."""
+    """Give a new revision the next number, with four digits."""
     head = ScriptDirectory.from_config(context.config).get_current_head()
     for script in directives:
         script.rev_id = f"{int(head or 0) + 1:04}"
@@ -42,7 +42,7 @@ def _include(
     reflected: bool,  # noqa: FBT001  # Alembic's own signature
     model: SchemaItem | None,
 ) -> bool:
-    """Never propose to drop what is not ours: other tables, and what Better Auth's plugins add."""
+    """Ignore other tables and the columns of Better Auth's plugins, instead of dropping them."""
     if not reflected or model is not None:
         return True
     if kind == "table":
@@ -57,7 +57,7 @@ def _run(connection: Connection | None) -> None:
         dialect_name="postgresql",
         target_metadata=Base.metadata,
         literal_binds=connection is None,
-        # Or an offline script would double every percent sign.
+        # With the default, an offline script would double every percent sign.
         dialect_opts={"paramstyle": "named"},
         process_revision_directives=_number,
         include_object=_include,
@@ -73,7 +73,7 @@ def _run(connection: Connection | None) -> None:
 async def _connected(engine: AsyncEngine) -> AsyncConnection:
     try:
         return await engine.connect()
-    except Exception as error:  # noqa: BLE001  # raised again, as ours
+    except Exception as error:  # noqa: BLE001  # raised again as a TodoDBError
         failure = translated(error)
     raise failure
 
@@ -97,7 +97,7 @@ async def _migrate_for_alembic() -> None:
         failure = CommandError(str(error))
     else:
         return
-    # One line on Alembic's own command line, instead of a traceback.
+    # A CommandError is one line on Alembic's command line, not a traceback.
     raise failure
 
 

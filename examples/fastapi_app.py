@@ -75,7 +75,7 @@ async def create_task(
 async def delete_completed_tasks(
     user_id: CurrentUserId,
     tasks: Tasks,
-    completed: Literal["true"],  # noqa: ARG001  # to be said, so that nobody deletes by mistake
+    completed: Literal["true"],  # noqa: ARG001  # required, to prevent a deletion by mistake
 ) -> dict[str, int]:
     return {"deleted": await tasks.delete_completed(user_id)}
 

@@ -14,7 +14,7 @@ async def main() -> None:
         try:
             await db.tasks.get("bob", task.id)
         except TaskNotFoundError as error:
-            print(error)  # the same for a task that nobody has
+            print(error)  # the same error as for a task that does not exist
 
 
 asyncio.run(main())

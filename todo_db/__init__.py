@@ -1,7 +1,7 @@
 """The data layer of a multi-user todo application.
 
-Every query needs a `user_id`, and PostgreSQL's row-level security refuses whatever a wrong
-query would reach.
+Every method takes a `user_id`. PostgreSQL's row-level security limits even a wrong query to the
+rows of that user.
 """
 
 from todo_db.database import Database

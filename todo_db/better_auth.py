@@ -1,9 +1,9 @@
-"""Who is asking: Better Auth's cookies, session tokens and JWTs, checked where it keeps them.
+"""Authentication by Better Auth's cookies, session tokens and JWTs, from its tables.
 
-Nothing is asked of the Better Auth server. A session is looked up in the table that it writes,
-and a JWT is verified by the public key beside it; `BETTER_AUTH_SECRET` signs cookies and nothing
-else, so it cannot verify a JWT. How they are made is Better Auth's own
-(https://www.better-auth.com/docs/concepts/session-management and …/plugins/jwt).
+No request is sent to the Better Auth server. A session is looked up in the table `sessions`, and a
+JWT is verified with a public key from the table `jwks`. `BETTER_AUTH_SECRET` only signs cookies, so
+it cannot verify a JWT. Better Auth documents both formats:
+https://www.better-auth.com/docs/concepts/session-management and …/plugins/jwt.
 """
 
 import hmac
@@ -24,22 +24,22 @@ from todo_db.settings import Settings
 
 _COOKIE: Final = "better-auth.session_token"
 _SECURE_COOKIE: Final = f"__Secure-{_COOKIE}"
-# Better Auth's tokens have 32 characters; its JWTs carry the user, and have some hundred.
+# Better Auth's tokens have 32 characters; its JWTs contain the user, and have some hundred.
 _LONGEST: Final = 8_192
 _TOKEN: Final = re.compile(r"[\x21-\x7e]{1,512}")
 _JWT_DOTS: Final = 2
-# A key that was retired or deleted is believed for no longer.
+# How long a cached key is used after it was retired or deleted.
 _KEY_SECONDS: Final = 300.0
 _ALGORITHM: Final = "EdDSA"
 _CLAIMS: Final = ["aud", "exp", "iss", "sub"]
 
 
 class Authenticator:
-    """Turns the credential of a request into the id of a user of Better Auth's.
+    """Verifies the credential of a request and returns the id of its user.
 
     Args:
-        database: Where Better Auth keeps its tables.
-        settings: With `better_auth_secret` and `better_auth_url` as on the Better Auth server.
+        database: The database with Better Auth's tables.
+        settings: With the `better_auth_secret` and `better_auth_url` of the Better Auth server.
 
     Raises:
         ConfigurationError: One of the two is not set.
@@ -54,19 +54,21 @@ class Authenticator:
         self._keys: dict[str, tuple[float, jwt.PyJWK]] = {}
 
     async def user_id(self, *, cookie: str | None = None, authorization: str | None = None) -> str:
-        """Return whose request this is.
+        """Return the id of the user who sent the request.
 
-        A session costs one SELECT by unique index. A JWT costs one for a key that was not used
-        in the last five minutes, and nothing else; so it outlives the sign-out, and the user,
-        until it expires: 15 minutes by Better Auth's default.
+        A session costs one SELECT by unique index. A JWT costs one SELECT for its key, unless the
+        key was read in the last five minutes. The session of a JWT is not checked, so a JWT stays
+        valid after a sign-out, and after its user is deleted, until it expires: 15 minutes by
+        Better Auth's default.
 
         Args:
-            cookie: The header `Cookie`, whole. The session's cookie must be signed.
-            authorization: The header `Authorization`. `Bearer` and a session token, signed or
-                not, or a JWT, and then no cookie is looked at; other schemes are passed over.
+            cookie: The whole header `Cookie`. The session's cookie must be signed.
+            authorization: The header `Authorization`: `Bearer` and a session token, signed or
+                not, or a JWT. With it, cookies are ignored. Other schemes are ignored.
 
         Raises:
-            NotAuthenticatedError: There is no valid credential; nobody learns why.
+            NotAuthenticatedError: The credential is missing or not valid. The reason is not
+                disclosed.
             UnavailableError: The database did not answer.
         """
         bearer = _bearer(authorization)
@@ -93,7 +95,7 @@ class Authenticator:
                 algorithms=[_ALGORITHM],
                 audience=self._url,
                 issuer=self._url,
-                # Two machines' clocks differ; when it ends is what counts.
+                # The clocks of two machines differ, so only the expiry is checked.
                 options={"require": _CLAIMS, "verify_iat": False},
             )
             return inputs.user_id(claims["sub"])
@@ -115,13 +117,13 @@ class Authenticator:
         return key
 
     def _cookie(self, header: str | None) -> str | None:
-        """Return the session's cookie; behind TLS only the one that was set behind TLS."""
+        """Return the session's cookie; with an https URL only the `__Secure-` one."""
         found = dict(reversed(list(_cookies(header or ""))))
         plain = None if self._url.startswith("https:") else found.get(_COOKIE)
         return found.get(_SECURE_COOKIE, plain)
 
     def _verify_signature(self, value: str | None) -> str | None:
-        """Return what stands before a signature, if that is ours."""
+        """Return the text before the signature, or None if the signature is not valid."""
         token, _, signature = unquote(value or "").rpartition(".")
         digest = hmac.digest(self._secret, token.encode(errors="replace"), "sha256")
         sound = hmac.compare_digest(b64encode(digest), signature.encode(errors="replace"))
@@ -144,7 +146,7 @@ def _cookies(header: str) -> Iterator[tuple[str, str]]:
 def _key_id(token: str) -> str | None:
     try:
         return jwt.get_unverified_header(token).get("kid")
-    except Exception:  # noqa: BLE001  # whatever junk does to a parser
+    except Exception:  # noqa: BLE001  # a malformed token can raise any exception here
         return None
 
 
@@ -152,5 +154,5 @@ def _verifying_key(public_key: str | None) -> jwt.PyJWK | None:
     try:
         return jwt.PyJWK(dict(json.loads(public_key or "{}")), algorithm=_ALGORITHM)
     except (jwt.PyJWTError, RecursionError, TypeError, ValueError):
-        # Unknown; or the server signs by another algorithm, which nothing here verifies.
+        # There is no such key, or it is for another algorithm, which is not supported here.
         return None

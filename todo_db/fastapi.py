@@ -1,4 +1,4 @@
-"""For FastAPI: whose request it is, the repositories, and what errors become on the wire.
+"""For FastAPI: the user of a request, the repositories, and error responses.
 
 ```python
 app = FastAPI(lifespan=lifespan())
@@ -55,15 +55,15 @@ _logger: Final = logging.getLogger("todo_db")
 
 
 class Problem(BaseModel):
-    """What an error looks like on the wire (https://www.rfc-editor.org/rfc/rfc9457).
+    """The body of an error response (https://www.rfc-editor.org/rfc/rfc9457).
 
     Attributes:
-        type: Always `about:blank`: the status says it all.
-        title: The phrase of the status.
-        status: The status again.
+        type: Always `about:blank`: the status describes the problem.
+        title: The reason phrase of the status.
+        status: The status code.
         detail: What was wrong, without a value of the request.
-        field: Which part of the request, for 422.
-        code: The name of the error's class, where a program may want to tell them apart.
+        field: The part of the request that was refused, for 422.
+        code: The name of the error's class, for conflicts and unknown outcomes.
     """
 
     type: str = "about:blank"
@@ -74,7 +74,7 @@ class Problem(BaseModel):
     code: str | None = None
 
 
-# The first class that fits. What is not here is a fault of the service, not of the request.
+# The first class that matches counts. Any other error is a fault of the service.
 _STATUS: Final[dict[type[TodoDBError], HTTPStatus]] = {
     InvalidInputError: HTTPStatus.UNPROCESSABLE_CONTENT,
     NotAuthenticatedError: HTTPStatus.UNAUTHORIZED,
@@ -91,19 +91,19 @@ PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
         "description": status.phrase,
         "content": {_MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
     }
-    # FastAPI itself answers 400 to a body that it cannot read.
+    # FastAPI itself answers 400 to a body that it cannot parse.
     for status in sorted({HTTPStatus.BAD_REQUEST, *_STATUS.values()})
 }
-"""The documentation of what `install` answers, for `responses=` of a router."""
+"""The error responses of `install`, for the parameter `responses` of a router."""
 
 
 def lifespan(
     settings: Settings | None = None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[Mapping[str, Any]]]:
-    """Return a lifespan that opens a `Database` before the first request, and closes it.
+    """Return a lifespan that opens a `Database` at startup, and closes it at shutdown.
 
     Args:
-        settings: By default from the environment and `.env`, at the time of the start.
+        settings: By default read from the environment and `.env` at startup.
     """
 
     @asynccontextmanager
@@ -119,9 +119,10 @@ def lifespan(
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error with problem details (RFC 9457), and `GET /health`.
+    """Add error handlers that answer with problem details (RFC 9457), and `GET /health`.
 
-    No answer repeats a value of the request. A foreign id and a missing one get the same bytes.
+    No answer repeats a value of the request. An id of another user gets the same bytes as an id
+    that does not exist.
     """
     app.add_exception_handler(TodoDBError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_validation)
@@ -136,11 +137,11 @@ def current_database(request: Request) -> Database:
     return database
 
 
-_BEARER: Final = HTTPBearer(auto_error=False, description="A session's token, or a JWT")
+_BEARER: Final = HTTPBearer(auto_error=False, description="A session token, or a JWT")
 _COOKIE: Final = APIKeyCookie(
     name="better-auth.session_token",
     auto_error=False,
-    description="Better Auth's; its name begins with `__Secure-` behind TLS",
+    description="Better Auth's cookie; with https its name begins with `__Secure-`",
 )
 
 
@@ -149,13 +150,13 @@ async def current_user_id(
     _bearer: Annotated[object, Security(_BEARER)],  # for the documentation
     _cookie: Annotated[object, Security(_COOKIE)],
 ) -> str:
-    """Return whose request this is, by Better Auth's cookie, session token or JWT.
+    """Return the id of the user who sent the request, by Better Auth's cookie, token or JWT.
 
-    For another way to sign in put a function of your own into `app.dependency_overrides`: the
-    id that it returns is what all the rest relies on.
+    For another authentication, put a function of your own into `app.dependency_overrides`. Every
+    other dependency trusts the id that it returns.
 
     Raises:
-        NotAuthenticatedError: There is no valid credential.
+        NotAuthenticatedError: The credential is missing or not valid.
         ConfigurationError: `BETTER_AUTH_SECRET` is not set.
     """
     authenticator: Authenticator | None = request.state.todo_authenticator
@@ -168,14 +169,14 @@ async def current_user_id(
 
 
 CurrentUserId = Annotated[str, Depends(current_user_id)]
-"""The id of the user whose request this is."""
+"""The id of the user who sent the request."""
 
 
 def path_user_id(user_id: str, current: CurrentUserId) -> str:
-    """Return the `{user_id}` of the path, if it is the user whose request this is.
+    """Return the `{user_id}` of the path, if it is the user who sent the request.
 
     Raises:
-        NotFoundError: It is somebody else, or nobody.
+        NotFoundError: It is another user, or a user that does not exist.
     """
     if user_id != current:
         raise NotFoundError
@@ -183,7 +184,7 @@ def path_user_id(user_id: str, current: CurrentUserId) -> str:
 
 
 PathUserId = Annotated[str, Depends(path_user_id)]
-"""The same, where paths name the user, like `/api/{user_id}/tasks`."""
+"""The id of the user who sent the request, for paths like `/api/{user_id}/tasks`."""
 
 
 def _tasks(database: Annotated[Database, Depends(current_database)]) -> TaskRepository:
@@ -195,9 +196,9 @@ def _users(database: Annotated[Database, Depends(current_database)]) -> UserRepo
 
 
 Tasks = Annotated[TaskRepository, Depends(_tasks)]
-"""The tasks; each call is its own transaction."""
+"""The repository of tasks; each call is its own transaction."""
 Users = Annotated[UserRepository, Depends(_users)]
-"""The users; each call is its own transaction."""
+"""The repository of users; each call is its own transaction."""
 
 
 def etag(record: TaskRecord | UserRecord) -> str:
@@ -214,24 +215,24 @@ def _if_match(
     if version is not None:
         with suppress(OverflowError):
             return _EPOCH + int(version[1]) * _MICROSECOND
-    # A weak tag, several, or not one of ours: no task is at that version.
+    # A weak ETag, a list of ETags, or another format: no task has that version.
     raise StaleTaskError
 
 
 IfMatch = Annotated[datetime | None, Depends(_if_match)]
-"""The header `If-Match`, as `expected_updated_at`; None without it, or for `*`."""
+"""The header `If-Match`, as `expected_updated_at`; None without the header, or for `*`."""
 IdempotencyKey = Annotated[
     str | None,
-    Header(alias="Idempotency-Key", description="Made up for this one request, such as a UUID"),
+    Header(alias="Idempotency-Key", description="Unique for this request, such as a UUID"),
 ]
 """The header `Idempotency-Key`, as `idempotency_key`."""
 
 _health: Final = APIRouter(tags=["health"])
 
 
-@_health.get("/health", responses={503: {"description": "Not fit to serve"}})
+@_health.get("/health", responses={503: {"description": "Not ready to serve"}})
 async def health(database: Annotated[Database, Depends(current_database)]) -> JSONResponse:
-    """Say whether the database answers and is migrated. Tells nothing else to strangers."""
+    """Say whether the database answers and is migrated, and nothing else."""
     seen = await database.health()
     status = HTTPStatus.OK if seen.ok else HTTPStatus.SERVICE_UNAVAILABLE
     return JSONResponse({"ok": seen.ok, "problem": seen.problem}, status)
@@ -255,7 +256,7 @@ async def _answer_error(_request: Request, error: Exception) -> JSONResponse:
         case NotAuthenticatedError():
             return _problem(status, {"WWW-Authenticate": "Bearer"})
         case NotFoundError():
-            # Which of them it was would tell the ids of others.
+            # The kind of the missing object could reveal ids of other users.
             return _problem(status)
         case UnavailableError():
             return _problem(
@@ -269,9 +270,10 @@ async def _answer_error(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _answer_validation(_request: Request, error: Exception) -> JSONResponse:
-    # What FastAPI itself would answer repeats the input.
+    # FastAPI's own answer would repeat the input.
     first = cast("RequestValidationError", error).errors()[0]
-    # What is deeper, or nobody asked for, may be a key of the request.
+    # Nested and unknown field names come from the request body, so they are not repeated in the
+    # answer.
     named = first["loc"][1:2] if first["type"] != "extra_forbidden" else ()
     field = "".join(part for part in named if isinstance(part, str))
     detail = "is none of the kinds" if first["type"] == "union_tag_invalid" else first["msg"]
@@ -289,5 +291,5 @@ async def _answer_http(_request: Request, error: Exception) -> Response:
 
 
 async def _answer_fault(_request: Request, _error: Exception) -> JSONResponse:
-    # Starlette raises it again, so that the server logs it.
+    # Starlette raises the error again, so that the server logs it.
     return _problem(HTTPStatus.INTERNAL_SERVER_ERROR)

@@ -1,4 +1,4 @@
-"""The schema: where Alembic's scripts are, and how they are run."""
+"""The location of Alembic's scripts, and functions to run them."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,31 +15,31 @@ from todo_db.errors import ConfigurationError
 from todo_db.settings import Settings
 
 LOCK_SQL: Final = (
-    # Two deploys at once run one after the other; the second finds nothing left to do.
+    # Two deployments at the same time run one after the other; the second finds nothing to do.
     "SELECT pg_advisory_xact_lock(7306001204)",
-    # Behind a long transaction, rather give up than make everybody queue behind us.
+    # Give up behind a long transaction, because other statements would wait behind this lock.
     "SET LOCAL lock_timeout = '5s'",
-    # Where the application looks, whatever the migrating role's own schema is.
+    # The application uses this path, and the migrating role may have another one.
     "SET LOCAL search_path = public, pg_temp",
 )
 
-# Alembic keeps what it is doing in module globals.
+# Alembic keeps its state in module globals.
 _one_at_a_time: Final = Lock()
 
 _PACKAGE: Final = Path(__file__).resolve().parent
 
 
 def script_directory() -> Path:
-    """Return the folder of the migrations: in the wheel, or in a checkout."""
+    """Return the folder of the migrations, in the wheel or in a checkout."""
     packaged = _PACKAGE / "_alembic"
     return packaged if packaged.is_dir() else _PACKAGE.parent / "alembic"
 
 
 def alembic_config(url: str | None = None) -> Config:
-    """Return Alembic's configuration without a file, so that it works in any folder.
+    """Return Alembic's configuration. It needs no file, so it works in any folder.
 
     Args:
-        url: The database; by default what `Settings` says at the time of the run.
+        url: The URL of the database; by default from `Settings` when a command runs.
     """
     config = Config()
     config.set_main_option("script_location", str(script_directory()).replace("%", "%%"))
@@ -50,7 +50,7 @@ def alembic_config(url: str | None = None) -> Config:
 
 
 def direct_engine(url: str | None) -> AsyncEngine:
-    """Return an engine on the endpoint for migrations.
+    """Return an engine on the direct endpoint, which migrations use.
 
     Raises:
         ConfigurationError: There is no URL.
@@ -65,15 +65,16 @@ def direct_engine(url: str | None) -> AsyncEngine:
 
 
 async def upgrade(url: str, revision: str = "head") -> None:
-    """Migrate a database up to a revision; what is there already stays.
+    """Migrate a database up to a revision. Migrations that already ran are not run again.
 
-    One transaction, behind a lock. Errors of the database are SQLAlchemy's.
+    One transaction, under an advisory lock; it has committed when this returns. Errors of the
+    database are SQLAlchemy's.
     """
     await asyncio.to_thread(_run, command.upgrade, url, revision)
 
 
 async def downgrade(url: str, revision: str) -> None:
-    """Migrate a database down to a revision, such as `-1` or `base`; rows are lost."""
+    """Migrate a database down to a revision, such as `-1` or `base`. This deletes rows."""
     await asyncio.to_thread(_run, command.downgrade, url, revision)
 
 

@@ -1,4 +1,4 @@
-"""Pages by keyset: how lists are sorted, and the cursor that says where the next page begins."""
+"""Keyset pagination: the sort orders, and the cursor that marks the start of the next page."""
 
 import base64
 import binascii
@@ -13,18 +13,18 @@ from todo_db.errors import InvalidCursorError
 
 
 class TaskSort(Enum):
-    """The order of a task list. Equal keys are ordered by id, so no task is skipped or doubled."""
+    """The order of a task list. Equal keys are ordered by id, so no task is skipped or repeated."""
 
     NEWEST = "newest"
     OLDEST = "oldest"
     RECENTLY_UPDATED = "recently_updated"
     TITLE = "title"
-    """By code point, which is the same under every locale."""
+    """By code point, which is the same in every locale."""
 
 
 @dataclass(frozen=True, slots=True)
 class Page[T]:
-    """Some items, and the cursor for those that follow: None at the end."""
+    """Some items, and the cursor of the next page; None on the last page."""
 
     items: tuple[T, ...]
     next_cursor: str | None
@@ -32,7 +32,7 @@ class Page[T]:
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """The last row of a page: its sort key, where the id alone is not the key, and its id."""
+    """The last row of a page: its sort key (None when sorted by id alone) and its id."""
 
     key: str | datetime | None
     id: int
@@ -42,12 +42,12 @@ _VERSION: Final = 1
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 BIGINT_MAX: Final = 2**63 - 1
-# A title of 200 characters, each written as two escapes, and the rest.
+# Enough for a title of 200 characters, each written as two escapes, and the other items.
 _LONGEST: Final = 4_096
 
 
 def encode(sort: TaskSort, filters: tuple[bool | str | None, ...], position: Position) -> str:
-    """Write a cursor. It says nothing of the user: the next page is scoped like any other."""
+    """Return a cursor. It does not contain the user: the next page names its user again."""
     key: object = position.key
     if isinstance(key, datetime):
         key = (key - _EPOCH) // _MICROSECOND
@@ -56,15 +56,15 @@ def encode(sort: TaskSort, filters: tuple[bool | str | None, ...], position: Pos
 
 
 def decode(cursor: object, sort: TaskSort, filters: tuple[bool | str | None, ...]) -> Position:
-    """Read a cursor that `encode` wrote for the same sort and filters.
+    """Return the position in a cursor that `encode` returned for the same sort and filters.
 
     Raises:
-        InvalidCursorError: It is anything else.
+        InvalidCursorError: The cursor is anything else.
     """
     try:
         version, sorted_by, digest, key, last = _load(cursor)
         if [version, sorted_by, digest] != [_VERSION, sort.value, _digest(filters)]:
-            raise ValueError  # noqa: TRY301  # one exit for all that may be wrong
+            raise ValueError  # noqa: TRY301  # one exit for every defect
         if type(version) is not int or type(last) is not int or not 0 < last <= BIGINT_MAX:
             raise ValueError  # noqa: TRY301
         return Position(_key(sort, key), last)
@@ -94,7 +94,7 @@ def _load(cursor: object) -> list[object]:
     except binascii.Error:
         raise ValueError from None
     payload = json.loads(raw)
-    # One spelling only: whatever else was smuggled in is gone when it is written again.
+    # Only the exact text that `encode` writes is accepted.
     if not isinstance(payload, list) or _written(cast("list[object]", payload)) != cursor:
         raise ValueError
     return cast("list[object]", payload)

@@ -1,9 +1,9 @@
-"""A pytest plugin: a real PostgreSQL, migrated once, and a fresh copy of it for every test.
+"""A pytest plugin: a real PostgreSQL, and a fresh copy of a migrated database for every test.
 
-Say `pytest_plugins = ["todo_db.testing"]` in the topmost `conftest.py` (extra `testing`), and
-ask for `database`: an open `Database` under the login that production should have. Tests commit
-for real. A transaction that is rolled back around each test would be cheaper, but its user id
-would outlive the code that forgot to set one, and hide it.
+Put `pytest_plugins = ["todo_db.testing"]` into the topmost `conftest.py` (extra `testing`), and use
+the fixture `database`: an open `Database`, connected with the recommended kind of login. Tests
+really commit. A transaction that is rolled back around each test would be faster, but its user id
+would hide code that forgets to set one.
 """
 
 import asyncio
@@ -27,14 +27,14 @@ _numbers: Final = count(1)
 
 @pytest.fixture(scope="session")
 def todo_postgres() -> Generator[EmbeddedPostgres]:
-    """A server of this test run, with a migrated database to copy."""
+    """The server of this test run, with a migrated database as a template."""
     with (
-        # Not pytest's own: its start closes that to all but root, which a server cannot be.
+        # Only root can enter pytest's own folders, and PostgreSQL does not run as root.
         TemporaryDirectory(prefix="todo-db-", dir=folder_in_memory()) as folder,
         EmbeddedPostgres(Path(folder) / "postgres", durable=False) as server,
     ):
         server.create_database(_TEMPLATE)
-        # A thread of its own, because the loop of the tests may be running in this one.
+        # In another thread, because an event loop may be running in this one.
         with ThreadPoolExecutor(1) as thread:
             thread.submit(asyncio.run, upgrade(server.url(database=_TEMPLATE))).result()
         server.create_login()

@@ -8,13 +8,13 @@ down_revision: str | None = None
 branch_labels: str | None = None
 depends_on: str | None = None
 
-# Controls, spaces, and the invisible format characters are blank; `\uXXXX` is the regex's own
-# escape, so the catalogue shows what is meant.
+# Controls, spaces, and invisible format characters are blank. `\uXXXX` is an escape of the regular
+# expression, so the catalogue shows the code points.
 _VISIBLE = (
     r"[^\u0001-\u0020\u007f-\u00a0\u00ad\u1680\u180e\u2000-\u200f\u2028-\u202f"
     r"\u205f-\u2064\u2066-\u206f\u3000\ufeff]"
 )
-# infinity and years BC have no Python datetime: one such row would break every list it is in.
+# Python's datetime has no infinity and no years BC: one such row would break every list.
 _TIMESTAMPS = (
     "created_at >= '0001-01-02 00:00:00+00' AND created_at < '9999-12-31 00:00:00+00' AND "
     "updated_at >= '0001-01-02 00:00:00+00' AND updated_at < '9999-12-31 00:00:00+00'"
@@ -26,10 +26,10 @@ def _timestamp(name: str) -> sa.Column[object]:
 
 
 def upgrade() -> None:
-    """Both tables, the one index, and the trigger that moves `updated_at`."""
+    """Create both tables, the index, and the trigger that sets `updated_at`."""
     op.create_table(
         "users",
-        # Better Auth's ids are strings; the default serves rows that others make.
+        # Better Auth's ids are strings; the default is for rows that other programs insert.
         sa.Column("id", sa.Text(), server_default=sa.text("(gen_random_uuid())::text")),
         sa.Column("email", sa.Text(), nullable=False),
         sa.Column("username", sa.Text(), nullable=True),
@@ -66,8 +66,8 @@ def upgrade() -> None:
     )
     op.create_index("idx_tasks_user_id", "tasks", ["user_id", "id"])
 
-    # `updated_at` is a version: it must grow even when the clock steps back, and between two
-    # updates of one transaction, for which now() would be the same.
+    # `updated_at` is a version: it must grow even if the clock goes back, and between two updates
+    # of one transaction, where now() does not change.
     op.execute("""
         CREATE FUNCTION set_updated_at() RETURNS trigger
         LANGUAGE plpgsql SET search_path = '' AS $$
@@ -88,7 +88,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop all of it, and every row with it."""
+    """Drop both tables with all their rows."""
     op.drop_table("tasks")
     op.drop_table("users")
     op.execute("DROP FUNCTION set_updated_at()")

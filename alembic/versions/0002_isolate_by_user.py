@@ -7,8 +7,8 @@ down_revision: str | None = "0001"
 branch_labels: str | None = None
 depends_on: str | None = None
 
-# Roles belong to the cluster, not to this database: another database, or another deploy, may
-# make the same role at this moment.
+# Roles belong to the cluster, not to this database: another database, or another deployment, may
+# create the same role at the same time.
 _CREATE_ROLE = """
     DO $$
     BEGIN
@@ -46,8 +46,8 @@ _GRANT_ROLE = """
     END
     $$
 """
-# A temporary table named like one of ours would be read instead of it, on a connection that the
-# next user gets. Grants on the database itself are not part of a template: see todo_db.testing.
+# A temporary table with the name of one of ours would be read instead of it, also by the next user
+# of the connection. A template does not copy grants on the database: see todo_db.testing.
 _TEMPORARY = """
     DO $$
     BEGIN
@@ -55,7 +55,7 @@ _TEMPORARY = """
     END
     $$
 """
-# Without the right to revoke, REVOKE is only a warning.
+# Without the right to revoke, REVOKE only warns.
 _REVOKED = """
     DO $$
     BEGIN
@@ -80,7 +80,7 @@ _OWNER_COLUMNS = {"users": "id", "tasks": "user_id"}
 
 
 def upgrade() -> None:
-    """The role, exactly what it may do, and for each table a policy and a fence behind it."""
+    """Create the role and its grants, and for each table a policy and a restrictive policy."""
     op.execute(_CREATE_ROLE)
     op.execute(_GRANT_ROLE)
     op.execute(_TEMPORARY.format("REVOKE", "FROM"))
@@ -90,16 +90,16 @@ def upgrade() -> None:
     for grant in _GRANTS:
         op.execute(f"GRANT {grant} TO todo_app")
     for table, column in _OWNER_COLUMNS.items():
-        # Without a context the setting is NULL at first and '' after a transaction that had
-        # one: both mean nobody. The sub-select is evaluated once, not for every row.
+        # Without a user id the setting is NULL, or '' after a transaction that set it: both match
+        # no row. The sub-select is evaluated once, not for every row.
         mine = f"{column} = (SELECT nullif(current_setting('todo_db.user_id', true), ''))"
         op.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
         op.execute(f"ALTER TABLE {table} FORCE ROW LEVEL SECURITY")
         op.execute(
             f"CREATE POLICY {table}_own ON {table} TO todo_app USING ({mine}) WITH CHECK ({mine})"
         )
-        # Permissive policies are OR-ed: one added by mistake would open the table. This one
-        # is AND-ed to whatever else there is.
+        # Permissive policies are combined with OR, so one added by mistake would open the table.
+        # This restrictive policy is combined with all of them by AND.
         op.execute(
             f"CREATE POLICY {table}_fence ON {table} AS RESTRICTIVE TO todo_app "
             f"USING ({mine}) WITH CHECK ({mine})"
@@ -107,7 +107,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Open the tables again. The role stays: other databases may use it."""
+    """Drop the policies and grants. The role is kept: other databases may use it."""
     for table in _OWNER_COLUMNS:
         op.execute(f"DROP POLICY {table}_fence ON {table}")
         op.execute(f"DROP POLICY {table}_own ON {table}")

@@ -1,4 +1,4 @@
-"""Better Auth's tables, and a role for it that reads no tasks."""
+"""Create Better Auth's tables, and a role for it that reads no tasks."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -21,7 +21,7 @@ _CREATE_ROLE = """
     END
     $$
 """
-# Arguments by their full name: a column that a plugin adds would hide one of the same name.
+# Arguments have their full name, because a plugin's column of the same name would hide them.
 # Better Auth keeps a retired signing key for 30 days, for the tokens that it signed.
 _FIND_CREDENTIAL = """
     CREATE FUNCTION find_credential(session_token text, key_id text)
@@ -38,7 +38,7 @@ _FIND_CREDENTIAL = """
 
 
 def _id() -> sa.Column[str]:
-    # Better Auth sends its own; with generateId "uuid" it leaves that to the database.
+    # Better Auth sends its own ids, except with generateId "uuid".
     return sa.Column("id", sa.Text(), server_default=sa.text("(gen_random_uuid())::text"))
 
 
@@ -57,7 +57,7 @@ def _of_user(table: str) -> sa.ForeignKeyConstraint:
 
 
 def upgrade() -> None:
-    """What Better Auth's own planner would make of our names, and who may touch it."""
+    """Create the tables as Better Auth's migrator would with our names, and the grants."""
     op.create_table(
         "sessions",
         _id(),
@@ -118,8 +118,8 @@ def upgrade() -> None:
     op.execute(_CREATE_ROLE)
     op.execute("GRANT USAGE ON SCHEMA public TO todo_auth")
     for table in _TABLES:
-        # Not FORCE: the owner reads them, as Better Auth and in the function below. For anybody
-        # else a grant made by mistake opens nothing.
+        # Not FORCE, because the owner reads them, as Better Auth and in the function below. For any
+        # other role a grant by mistake gives access to no row.
         op.execute(f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY")
     for table in ("users", *_TABLES):
         op.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO todo_auth")
@@ -127,15 +127,15 @@ def upgrade() -> None:
             f"CREATE POLICY {table}_auth ON {table} TO todo_auth USING (true) WITH CHECK (true)"
         )
 
-    # The one way for requests to learn who they are: whoever shows a token learns whose it is,
-    # and nothing about any other.
+    # The only way to find the user of a request: it returns the user id of a valid session token,
+    # and nothing about any other session.
     op.execute(_FIND_CREDENTIAL)
     op.execute("REVOKE ALL ON FUNCTION find_credential(text, text) FROM PUBLIC")
     op.execute("GRANT EXECUTE ON FUNCTION find_credential(text, text) TO todo_app")
 
 
 def downgrade() -> None:
-    """Drop them, with every session and password. The role stays: other databases may use it."""
+    """Drop the tables with all sessions and passwords. The role is kept, as in 0002."""
     op.execute("DROP FUNCTION find_credential(text, text)")
     op.execute("DROP POLICY users_auth ON users")
     op.execute("REVOKE ALL ON users FROM todo_auth")

@@ -1,4 +1,4 @@
-"""Remember which tasks were made under which idempotency key."""
+"""Store which tasks were created with which idempotency key."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -11,12 +11,12 @@ depends_on: str | None = None
 
 
 def upgrade() -> None:
-    """One row for each key of a user, behind the same policy and fence as the tasks."""
+    """Create a row for each key of a user, under the same policies as the tasks."""
     op.create_table(
         "idempotency_keys",
         sa.Column("user_id", sa.Text(), nullable=False),
         sa.Column("key", sa.Text(), nullable=False),
-        # What was asked for, as a SHA-256 in hexadecimal digits.
+        # SHA-256 over the method and its arguments, in hexadecimal digits.
         sa.Column("fingerprint", sa.Text(), nullable=False),
         # No foreign key: a key outlives its tasks.
         sa.Column("task_ids", postgresql.ARRAY(sa.BigInteger()), nullable=False),
@@ -37,7 +37,7 @@ def upgrade() -> None:
             "char_length(fingerprint) = 64", name=op.f("ck_idempotency_keys_fingerprint_length")
         ),
     )
-    # Neither UPDATE nor DELETE: a key that could be taken back would not be one.
+    # Neither UPDATE nor DELETE: without its key, a call could store its tasks again.
     op.execute(
         "GRANT SELECT, INSERT (user_id, key, fingerprint, task_ids) ON idempotency_keys TO todo_app"
     )
@@ -55,5 +55,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them: a call that is repeated with a key from before is done again."""
+    """Drop the table: a call that is repeated with an old key stores its tasks again."""
     op.drop_table("idempotency_keys")

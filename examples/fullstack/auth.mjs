@@ -1,11 +1,11 @@
-// Better Auth on the tables that todo_db's migrations made: every name that differs is mapped.
+// Better Auth on the tables that todo_db's migrations create: every different name is mapped.
 import { betterAuth } from "better-auth";
 import { bearer, jwt, username } from "better-auth/plugins";
 import pg from "pg";
 
 export const pool = new pg.Pool({ connectionString: process.env.DATABASE_URL });
-// A database that goes to sleep closes connections nobody is using. Without a listener that is
-// an uncaught exception, and the end of the process.
+// A database that is suspended closes idle connections. Without a listener this error would be an
+// uncaught exception, and end the process.
 pool.on("error", (error) => console.error(`An idle connection was lost: ${error.message}`));
 
 const timestamps = { createdAt: "created_at", updatedAt: "updated_at" };
@@ -17,7 +17,7 @@ export const options = {
   user: {
     modelName: "users",
     fields: { emailVerified: "email_verified", ...timestamps },
-    // Their tasks, sessions and accounts go with them: ON DELETE CASCADE.
+    // This also deletes the user's tasks, sessions and accounts: ON DELETE CASCADE.
     deleteUser: { enabled: true },
   },
   session: {

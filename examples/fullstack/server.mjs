@@ -1,5 +1,5 @@
-// What Next.js is elsewhere: serves the page, is Better Auth, and passes the rest on to FastAPI,
-// so that a browser sees one origin and sends its session cookie to both.
+// In the role of Next.js: serves the page, runs Better Auth, and forwards API requests to FastAPI.
+// The browser sees one origin, so it sends its session cookie to both.
 import { readFileSync } from "node:fs";
 import { createServer, request as send } from "node:http";
 
@@ -36,16 +36,16 @@ function problem(response, status, title, extra = {}) {
   response.end(JSON.stringify({ type: "about:blank", title, status }));
 }
 
-function pass(request, response) {
-  const { connection: _, ...wanted } = request.headers;
+function forward(request, response) {
+  const { connection: _, ...forwarded } = request.headers;
   const onward = send(
     {
       hostname: api.hostname,
       port: api.port,
       method: request.method,
       path: request.url,
-      headers: wanted,
-      // A connection of its own each time: one that was kept might just be closing.
+      headers: forwarded,
+      // A new connection for each request, because FastAPI may be closing an idle one.
       agent: false,
     },
     (answer) => {
@@ -57,9 +57,9 @@ function pass(request, response) {
   );
   onward.on("error", () => {
     if (response.headersSent) response.destroy();
-    else problem(response, 503, "The server of the tasks does not answer", { "retry-after": "1" });
+    else problem(response, 503, "The API server does not answer", { "retry-after": "1" });
   });
-  // Whoever asked may leave before the answer.
+  // The client may disconnect before the answer.
   response.on("close", () => onward.destroy());
   request.pipe(onward);
 }
@@ -75,14 +75,14 @@ const server = createServer((request, response) => {
       else problem(response, 500, "Internal Server Error");
     });
   } else if (/^\/(health|api\/(me|tasks(\/.*)?))$/.test(path)) {
-    // A SameSite cookie is sent by pages on every port of this host; only ours may use it.
+    // Browsers send a SameSite cookie from pages on every port of this host, so refuse other pages.
     if (["same-site", "cross-site"].includes(request.headers["sec-fetch-site"])) {
       problem(response, 403, "Not from this page");
     } else {
-      pass(request, response);
+      forward(request, response);
     }
   } else if (path === "/" && request.headers.host !== own.host) {
-    // By another name of this host, localhost say, Better Auth would refuse every sign-in.
+    // With another host name, such as localhost, Better Auth would refuse every sign-in.
     response.writeHead(307, { location: own.href }).end();
   } else if (!pages.has(path)) {
     problem(response, 404, "Not Found");

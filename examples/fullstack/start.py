@@ -1,9 +1,9 @@
-"""Start the whole application, on a PostgreSQL of its own, until Ctrl-C.
+"""Start the whole application, with an embedded PostgreSQL, until Ctrl-C.
 
     uv run examples/fullstack/start.py --port 3000
 
-Three roles share the database: the owner migrates it, Better Auth has a login that sees accounts
-and no task, and FastAPI one that sees the tasks of one user at a time and no session.
+Three roles use the database. The owner migrates it. Better Auth has a login that sees accounts and
+no task. FastAPI has a login that sees the tasks of one user at a time and no session.
 """
 
 import argparse
@@ -32,16 +32,16 @@ _START_SECONDS: Final = 60
 
 
 def install() -> None:
-    """Install what package.json names, unless that was done to the end."""
+    """Install the packages of package.json, unless that was completed before."""
     last_written = HERE / "node_modules" / ".package-lock.json"
     wanted = HERE / "package.json"
     if not last_written.exists() or last_written.stat().st_mtime < wanted.stat().st_mtime:
         npm = ["npm", "install", "--no-audit", "--no-fund"]
-        subprocess.run(npm, cwd=HERE, check=True)  # noqa: S603  # no input of anybody's
+        subprocess.run(npm, cwd=HERE, check=True)  # noqa: S603  # no user input
 
 
 def kept_secret(path: Path) -> str:
-    """Return the secret that signs sessions: the same each time, or all would be signed out."""
+    """Return the stored secret that signs sessions; a new one would sign out every user."""
     if not path.exists():
         path.touch(mode=0o600)
         path.write_text(secrets.token_urlsafe(32))
@@ -55,8 +55,8 @@ def free_port() -> int:
 
 @contextmanager
 def running(*command: str | Path, **environment: str) -> Generator[None]:
-    """Run a program, out of reach of the terminal's Ctrl-C, and stop it at the end."""
-    process = subprocess.Popen(  # noqa: S603  # no shell, no input of anybody's
+    """Run a program, which does not get the terminal's Ctrl-C, and stop it at the end."""
+    process = subprocess.Popen(  # noqa: S603  # no shell, and no user input
         command, cwd=HERE, env=os.environ | environment, process_group=0
     )
     try:
@@ -67,14 +67,14 @@ def running(*command: str | Path, **environment: str) -> Generator[None]:
 
 
 def wait_until_ready(url: str) -> None:
-    """Wait until Node answers, FastAPI behind it, and PostgreSQL behind that."""
+    """Wait until Node.js, FastAPI and PostgreSQL all answer."""
     deadline = time.monotonic() + _START_SECONDS
     while True:
         try:
             with urllib.request.urlopen(f"{url}/health") as answer:  # noqa: S310  # our own
                 json.load(answer)
         except OSError:
-            # A child that ended has said why.
+            # A child process that ended has printed its reason.
             ended, _ = os.waitpid(-1, os.WNOHANG)
             if ended or time.monotonic() > deadline:
                 sys.exit("The application did not start.")
@@ -91,12 +91,12 @@ def main() -> None:
     )
     options = parser.parse_args()
     data: Path = options.data
-    # Killed by it, Python would leave the others behind.
+    # By default SIGTERM ends Python without stopping the other processes.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with ExitStack() as stack:
         postgres = stack.enter_context(EmbeddedPostgres(data))
         asyncio.run(migrations.upgrade(postgres.url()))
-        # On Neon each of them would get a password, too.
+        # On Neon, give each login a password.
         postgres.create_login(LOGIN, role="todo_app")
         postgres.create_login(AUTH_LOGIN, role="todo_auth")
         install()
@@ -126,7 +126,7 @@ def main() -> None:
         wait_until_ready(url)
         print(f"Open {url} in a browser. Ctrl-C stops it.", flush=True)
         try:
-            # The end of one is the end of all.
+            # If one process ends, stop all of them.
             os.wait()
         except KeyboardInterrupt:
             return

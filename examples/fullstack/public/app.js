@@ -1,5 +1,5 @@
-// Shows what the servers say, and nothing before they have said it. Whatever people have typed is
-// only ever set as text.
+// Shows a change only after the server has confirmed it. User input is set only as text, never as
+// HTML.
 const $ = (id) => document.getElementById(id);
 
 class Refusal extends Error {
@@ -41,7 +41,7 @@ function tell(message, place = $("alert")) {
   place.hidden = message === "";
 }
 
-// What a click or a form starts: its buttons rest until the answer is there.
+// Runs the action of a click or a form, and disables its buttons until the answer arrives.
 async function attempt(buttons, work, place = $("alert")) {
   if ([...buttons].some((button) => button.disabled)) return;
   tell("", place);
@@ -59,7 +59,7 @@ async function attempt(buttons, work, place = $("alert")) {
     }
   } finally {
     for (const button of buttons) button.disabled = false;
-    // A button at rest has lost the focus of the keyboard.
+    // A disabled button has lost the keyboard focus.
     if (document.activeElement === document.body) focused?.focus();
   }
 }
@@ -90,7 +90,7 @@ function setDoor(signingUp) {
   form.elements.password.autocomplete = signingUp ? "new-password" : "current-password";
 }
 
-// Leaves nothing of the last user behind.
+// Removes all data of the last user from the page.
 function showDoor() {
   newest = null;
   pending = null;
@@ -150,8 +150,8 @@ onSubmit(
 
 // ── The list ──
 
-let newest = null; // the last request for a list: an older one that answers later is not shown
-let cursor = null; // where the next page begins
+let newest = null; // the last request for a list: the answer to an older one is ignored
+let cursor = null; // of the next page
 
 async function load(after = null) {
   const filter = new FormData($("filter-form"));
@@ -189,7 +189,7 @@ function item(task) {
   part(".change").setAttribute("aria-label", `Edit: ${task.title}`);
   part(".delete").setAttribute("aria-label", `Delete: ${task.title}`);
 
-  // Another page may have deleted it meanwhile.
+  // Another page may have deleted it.
   const ask = async (method, body, headers) => {
     try {
       return await call(method, path, body, headers);
@@ -202,7 +202,7 @@ function item(task) {
 
   tick.addEventListener("change", () => {
     const completed = tick.checked;
-    // The answer sets the tick.
+    // The checkbox shows the new state only after the answer.
     tick.checked = task.completed;
     attempt([tick], async () => {
       const { said } = await ask("PATCH", { completed });
@@ -210,8 +210,8 @@ function item(task) {
     });
   });
 
-  // What is edited is the title as it is now, and only that is replaced: a change made elsewhere
-  // meanwhile gives the task another ETag.
+  // Load the current title and its ETag. If the task is changed elsewhere before this edit is sent,
+  // the ETag no longer matches, and the edit is refused.
   let version;
   onClick(part(".change"), async () => {
     const { said, etag } = await ask("GET");
@@ -229,7 +229,7 @@ function item(task) {
       if (error.status !== 412) throw error;
       const { said } = await ask("GET");
       show(row, said, ".change");
-      throw new Refusal(412, "It was changed elsewhere meanwhile. This is how it is now.");
+      throw new Refusal(412, "The task was changed elsewhere. This is its current state.");
     }
   });
   part(".cancel").addEventListener("click", () => show(row, task, ".change"));
@@ -241,7 +241,7 @@ function item(task) {
   return row;
 }
 
-// Puts the task as it is now in the place of what was shown of it.
+// Replaces the shown task with its current state.
 function show(row, task, focused) {
   const next = item(task);
   row.replaceWith(next);
@@ -255,7 +255,7 @@ function drop(row) {
   (neighbour?.querySelector(".delete") ?? $("add-form").elements.title).focus();
 }
 
-// Sent again after an error, the same task keeps its key, and is stored once.
+// The same task sent again after an error keeps its key, so that it is stored once.
 let pending = null;
 
 onSubmit($("add-form"), async ({ title, description }) => {
@@ -283,11 +283,11 @@ onClick($("clear"), async () => {
   await load();
 });
 
-// ── Begin ──
+// ── Start ──
 
 attempt([], async () => {
   try {
-    // Better Auth prolongs the session when it is asked for it, and only then.
+    // Better Auth extends a session only on this request.
     const { said: session } = await call("GET", "/api/auth/get-session");
     if (session === null) showDoor();
     else await showTasks();
