@@ -1,4 +1,4 @@
-"""PostgreSQL, PgBouncer, the network, the disk and the process itself fail, for real."""
+"""Real failures of PostgreSQL, PgBouncer, the network, the disk and the process itself."""
 
 import asyncio
 import gc
@@ -32,7 +32,6 @@ from todo_db import (
     UnavailableError,
 )
 from todo_db.embedded import LOGIN, EmbeddedPostgres
-from todo_db.engine import pool
 from todo_db.migrations import upgrade
 
 pytestmark = pytest.mark.fault
@@ -42,7 +41,7 @@ MAX_CONNECTIONS: Final = 40
 BOUND: Final = 30
 """Seconds, for what must not take for ever; most of it takes less than one."""
 
-# How a server ends, by the way it is told to.
+# Behaviour of a server at shutdown, by its shutdown mode.
 ENDS: Final[dict[str, Callable[[Cluster], None]]] = {
     "F08-fast": lambda server: server.stop("fast"),
     "F07-immediate": lambda server: server.stop("immediate"),
@@ -52,7 +51,7 @@ _numbers: Final = count(1)
 
 
 class Place:
-    """A database of the test's own on the server, seen as its superuser."""
+    """A database of one test on the server, with a superuser's connection."""
 
     def __init__(self, server: Cluster, name: str) -> None:
         self.server = server
@@ -77,7 +76,7 @@ class Place:
             return [row[0] for row in await connection.fetch("SELECT title FROM tasks ORDER BY id")]
 
     async def until_backends(self, number: int, condition: str) -> list[int]:
-        """Wait until so many backends of the application are as said; return their pids."""
+        """Wait until this number of the application's backends matches; return their pids."""
         async with asyncio.timeout(BOUND), self.superuser() as connection:
             while True:
                 rows = await connection.fetch(
@@ -90,7 +89,7 @@ class Place:
 
     @asynccontextmanager
     async def locked(self) -> AsyncGenerator[Connection]:
-        """Let every call on tasks wait until the block, or the server, ends."""
+        """Lock `tasks`, so that every call waits until the block or the server ends."""
         connection = await self.server.connect(database=self.name)
         try:
             await connection.execute("BEGIN; LOCK tasks IN ACCESS EXCLUSIVE MODE")
@@ -108,7 +107,7 @@ async def restart(server: Cluster, end: Callable[[Cluster], None]) -> None:
 
 
 async def assert_healthy(db: Database) -> None:
-    """The next call works, and nothing is lent."""
+    """Check that the next call works, and that no connection is in use."""
     async with asyncio.timeout(BOUND):
         await db.tasks.count("alice")
         health = await db.health()
@@ -118,8 +117,8 @@ async def assert_healthy(db: Database) -> None:
 
 @pytest_asyncio.fixture(scope="module")
 async def server(todo_postgres: EmbeddedPostgres) -> AsyncGenerator[Cluster]:
-    """A durable one, to be stopped and killed; whoever stops it starts it again."""
-    del todo_postgres  # it made the user that this one runs as
+    """A durable server. A test that stops or kills it must start it again."""
+    del todo_postgres  # creates the user that this one runs as
     with Cluster(18, durable=True, max_connections=MAX_CONNECTIONS) as server:
         await upgrade(await server.create_database(TEMPLATE))
         await server.execute(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app PASSWORD '{PASSWORD}'")
@@ -141,8 +140,8 @@ async def place(server: Cluster) -> AsyncGenerator[Place]:
 
 @pytest.fixture
 def settings() -> dict[str, int]:
-    """PgBouncer's, besides those of Neon."""
-    # The default of 15 s would be spent waiting after each restart.
+    """PgBouncer settings, in addition to Neon's."""
+    # With the default, PgBouncer would wait 15 s after each restart.
     return {"server_login_retry": 1}
 
 
@@ -172,7 +171,7 @@ async def db(url: str, place: Place) -> AsyncGenerator[Database]:
 
 @pytest_asyncio.fixture
 async def once(db: Database, url: str) -> AsyncGenerator[Database]:
-    """The same, but nothing is tried again."""
+    """The same without retries."""
     assert (await db.users.get("alice")).id == "alice"
     async with Database.from_url(url, retry_attempts=1) as database:
         yield database
@@ -245,7 +244,7 @@ class TestRestart:
             async with asyncio.timeout(BOUND), db.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 await restart(place.server, end)
-                await until(tx._connection.driver.is_closed)
+                await until(tx._gate.connection.driver.is_closed)
         assert await place.titles() == []
         await assert_healthy(db)
 
@@ -270,16 +269,16 @@ class TestRestart:
     async def test_after_the_commit_was_made_is_unknown_too(
         self, db: Database, place: Place, end: Callable[[Cluster], None]
     ) -> None:
-        # Stored, and then it waits for a standby that there is not.
+        # The change is stored, and then the COMMIT waits for a standby that does not exist.
         await place.execute(
-            "ALTER SYSTEM SET synchronous_standby_names = 'nobody'", "SELECT pg_reload_conf()"
+            "ALTER SYSTEM SET synchronous_standby_names = 'missing'", "SELECT pg_reload_conf()"
         )
         try:
             stored = 0
             while True:
                 call = asyncio.create_task(db.tasks.create("alice", "stored"))
                 stored += 1
-                # The server hears of its new settings when it comes to it.
+                # The server applies changed settings with a delay, so create until a COMMIT waits.
                 if not (await asyncio.wait({call}, timeout=0.5))[0]:
                     break
             await place.until_backends(1, "wait_event = 'SyncRep' AND query = 'COMMIT'")
@@ -296,7 +295,7 @@ class TestRestart:
 
 
 class TestDown:
-    """Stopped for longer than anybody wants to wait."""
+    """The server is down for longer than all retries."""
 
     async def test_F10_calls_are_unavailable_in_time_and_work_again_by_themselves(
         self, db: Database, url: str, place: Place
@@ -380,16 +379,16 @@ class TestKilledBackend:
         await assert_healthy(once)
 
     @direct
-    async def test_F06b_read_that_ended_is_unavailable_unless_it_said_it_only_reads(
+    async def test_F06b_read_that_ended_is_unavailable_unless_it_is_read_only(
         self, db: Database, place: Place
     ) -> None:
         async def read(*, read_only: bool) -> int:
             async with db.transaction("alice", read_only=read_only) as tx:
                 found = await tx.tasks.count("alice")
                 await place.execute(
-                    f"SELECT pg_terminate_backend({tx._connection.driver.get_server_pid()})"
+                    f"SELECT pg_terminate_backend({tx._gate.connection.driver.get_server_pid()})"
                 )
-                await until(tx._connection.driver.is_closed)
+                await until(tx._gate.connection.driver.is_closed)
             return found
 
         assert await read(read_only=True) == 0
@@ -403,9 +402,9 @@ class TestKilledBackend:
             async with db.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 await place.execute(
-                    f"SELECT pg_terminate_backend({tx._connection.driver.get_server_pid()})"
+                    f"SELECT pg_terminate_backend({tx._gate.connection.driver.get_server_pid()})"
                 )
-                await until(tx._connection.driver.is_closed)
+                await until(tx._gate.connection.driver.is_closed)
                 raise LookupError
         assert await place.titles() == []
         await assert_healthy(db)
@@ -453,7 +452,7 @@ class TestServerTimeouts:
             with pytest.raises(UnavailableError):
                 async with hasty.transaction("alice") as tx:
                     await tx.tasks.create("alice", "lost")
-                    await until(tx._connection.driver.is_closed)
+                    await until(tx._gate.connection.driver.is_closed)
                     await tx.tasks.create("alice", "lost too")
             await assert_healthy(hasty)
         assert await place.titles() == []
@@ -570,7 +569,7 @@ class TestLimits:
                 with pytest.raises(TimeoutError):
                     async with asyncio.timeout(0.5):
                         await asyncio.shield(waiting)
-            # The connection that came back is as good as one of its own.
+            # A connection that returns to the pool ends the wait for a new one.
             async with asyncio.timeout(BOUND):
                 assert await waiting == 0
             await assert_healthy(patient)
@@ -627,7 +626,7 @@ class TestLimits:
 
 @direct
 class TestHalfOpen:
-    """The peer is there no more, and nobody says so."""
+    """The peer has vanished without closing the connection."""
 
     @pytest_asyncio.fixture
     async def database_through_proxy(self, db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
@@ -655,8 +654,8 @@ class TestHalfOpen:
     @pytest.mark.parametrize(
         ("step", "fault", "error", "stored"),
         [
-            (BEGIN, Fault.HANG, CallTimeoutError, []),
-            (BEGIN, Fault.SWALLOW, CallTimeoutError, []),
+            (BEGIN, Fault.HANG, UnavailableError, []),
+            (BEGIN, Fault.SWALLOW, UnavailableError, []),
             (b"held", Fault.HANG, CallTimeoutError, []),
             (b"held", Fault.SWALLOW, CallTimeoutError, []),
             (COMMIT, Fault.HANG, OutcomeUnknownError, []),
@@ -675,7 +674,7 @@ class TestHalfOpen:
         error: type[Exception],
         stored: list[str],
     ) -> None:
-        async def unit() -> None:
+        async def work() -> None:
             async with database_through_proxy.transaction("alice") as tx:
                 await tx.tasks.create("alice", "held")
                 if step is ROLLBACK:
@@ -684,21 +683,21 @@ class TestHalfOpen:
         proxy.break_at(step, fault)
         async with asyncio.timeout(BOUND):
             with pytest.raises(error):
-                await unit()
+                await work()
         assert not proxy.pending
         await place.until_backends(0, "state <> 'idle' AND pid <> pg_backend_pid()")
         assert await place.titles() == stored
         await assert_healthy(database_through_proxy)
 
-    async def test_F02_A11_connection_that_rested_long_is_asked_first(
+    async def test_F02_A11_connection_that_was_idle_for_long_is_pinged_first(
         self,
         database_through_proxy: Database,
         proxy: Proxy,
         place: Place,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(pool, "_PING_AFTER_SECONDS", 0.0)
-        monkeypatch.setattr(pool, "_PING_SECONDS", 0.3)
+        monkeypatch.setattr("todo_db.engine.connection._PING_AFTER_SECONDS", 0.0)
+        monkeypatch.setattr("todo_db.engine.connection._PING_SECONDS", 0.3)
         for fault in (Fault.HANG, Fault.SWALLOW, Fault.CUT_BEFORE, Fault.CUT_AFTER):
             proxy.break_at(b"SELECT 1\x00", fault)
             async with asyncio.timeout(BOUND):
@@ -728,7 +727,7 @@ class TestDiskFull:
     async def test_M2_is_unavailable_loses_nothing_and_ends_with_the_shortage(
         self, folder: Path, todo_postgres: EmbeddedPostgres
     ) -> None:
-        del todo_postgres  # it made the user that this one runs as
+        del todo_postgres  # creates the user that this one runs as
         description = secrets.token_hex(30_000)
         with SmallDisk(folder) as disk, Cluster(18) as server:
             disk.give(server.data.owner())
@@ -760,7 +759,7 @@ class TestDiskFull:
 
 
 class SmallDisk:
-    """Memory of a fixed size, mounted at a folder; takes root."""
+    """A tmpfs of a fixed size, mounted at a folder; needs root."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -783,7 +782,7 @@ class SmallDisk:
         subprocess.run(["mount", "-o", "remount,size=80m", self._folder], check=True)
 
 
-# Run by another Python, which a signal ends in the middle of a transaction.
+# A program for another Python process, which a signal ends during a transaction.
 _VICTIM: Final = """
 import asyncio, sys
 from sqlalchemy import text
@@ -801,7 +800,7 @@ async def main(url, doing):
 
 asyncio.run(main(*sys.argv[1:]))
 """
-# Forks where there is no thread, and lets the child use what the parent opened.
+# Forks without any thread, and uses the parent's Database in the child.
 _PARENT: Final = """
 import asyncio, os, sys
 from todo_db import ConfigurationError, Database
@@ -866,7 +865,7 @@ class TestProcess:
                 await place.until_backends(1, "wait_event = 'PgSleep'")
             victim.send_signal(number)
             assert await victim.wait() != 0
-        # The server goes on with a statement whose client is gone, up to its timeout.
+        # The server continues a statement after its client has gone, up to the timeout.
         await place.until_backends(0, "true")
         assert await place.titles() == []
         await place.execute("BEGIN; LOCK tasks, users IN ACCESS EXCLUSIVE MODE NOWAIT; COMMIT")
@@ -906,7 +905,7 @@ class TestProcess:
             await db.open()
         await assert_healthy(db)
 
-    async def test_C9_transaction_that_was_dropped_is_undone(
+    async def test_C9_transaction_that_was_dropped_is_rolled_back(
         self, db: Database, place: Place
     ) -> None:
         async def forgetful() -> None:
@@ -953,7 +952,7 @@ class TestPgBouncer:
             await place.until_backends(3, WAITING)
             pooler.kill()
             await pooler.start()
-            # The server goes on with what PgBouncer can no longer end.
+            # The server continues a statement that PgBouncer can no longer cancel.
             await place.execute(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                 f" WHERE usename = '{LOGIN}' AND {WAITING}"
@@ -1010,7 +1009,7 @@ class TestPgBouncer:
         with pytest.raises(UnavailableError):
             async with db.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
-                await until(tx._connection.driver.is_closed)
+                await until(tx._gate.connection.driver.is_closed)
         assert await place.titles() == []
         await assert_healthy(db)
 
@@ -1025,7 +1024,7 @@ class TestPgBouncer:
         assert await place.titles() == ["before", "after"]
         await assert_healthy(once)
 
-    async def test_P1b_prepared_statements_that_it_does_not_carry_over_leave_our_tree_never(
+    async def test_P1b_untracked_prepared_statements_raise_only_our_errors(
         self, server: Cluster, place: Place, db: Database
     ) -> None:
         async with AsyncExitStack() as stack:

@@ -68,7 +68,7 @@ async def main():
 
 asyncio.run(main())
 """
-# What a client before may have left on a server's connection.
+# State that an earlier client may have left on a server connection.
 _LEFT: Final = """
     SELECT nullif(current_setting('todo_db.user_id', true), '') AS user_id,
         nullif(current_setting('todo_db.left', true), '') AS own,
@@ -92,7 +92,7 @@ def _named(kind: Kind) -> str:
 
 @pytest.fixture(scope="module")
 def pooled_roles(todo_postgres: EmbeddedPostgres) -> Generator[None]:
-    """The same two roles as elsewhere, but the server asks them for a password."""
+    """The two logins of the other tests, but with a password."""
     todo_postgres._psql(
         f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app PASSWORD '{PASSWORD}'",
         f"CREATE ROLE {OWNER} LOGIN CREATEROLE BYPASSRLS IN ROLE todo_owner PASSWORD '{PASSWORD}'",
@@ -108,7 +108,7 @@ def pooled_roles(todo_postgres: EmbeddedPostgres) -> Generator[None]:
 
 
 class Poolers:
-    """PgBouncers by their settings, started when first asked for."""
+    """PgBouncers by their settings, started on first use."""
 
     def __init__(self, server_url: str) -> None:
         self.server_url = server_url
@@ -155,7 +155,7 @@ def login(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def size() -> int:
-    """How many connections PgBouncer makes to the server for one user of one database."""
+    """How many server connections PgBouncer opens for one user of one database."""
     return 10
 
 
@@ -171,7 +171,7 @@ def url(pooler: PgBouncer, todo_database_name: str, login: str) -> str:
 
 @pytest_asyncio.fixture
 async def db(url: str, kind: Kind) -> AsyncGenerator[Database]:
-    """An open Database with alice and bob in it, by way of PgBouncer."""
+    """An open Database with alice and bob in it, through PgBouncer."""
     async with Database.from_url(url, prepared_statements=kind[2]) as database:
         await database.users.create("alice", email="alice@example.org", name="Alice")
         await database.users.create("bob", email="bob@example.org", name="Bob")
@@ -180,7 +180,7 @@ async def db(url: str, kind: Kind) -> AsyncGenerator[Database]:
 
 @asynccontextmanager
 async def client(url: str) -> AsyncGenerator[Connection]:
-    """Another program on the same pooler, which knows nothing of the package."""
+    """A connection of another program through the same pooler."""
     connection = await asyncpg.connect(url, statement_cache_size=0)
     try:
         yield connection
@@ -196,13 +196,13 @@ async def left_for_the_next(url: str) -> tuple[object, ...]:
 
 
 class Watcher:
-    """Sees what every backend of a database is doing, which takes a superuser."""
+    """Reads the state of every backend of a database, as a superuser."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     async def until(self, number: int, condition: str) -> None:
-        """Wait until so many of the application's backends are as said."""
+        """Wait until this number of the application's backends matches."""
         async with asyncio.timeout(10):
             while number != await self._connection.fetchval(  # noqa: ASYNC110  # nothing sets an event
                 "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
@@ -211,7 +211,7 @@ class Watcher:
                 await asyncio.sleep(0.01)
 
     async def kill_idle(self) -> int:
-        """End the backends that wait for a transaction; return how many there were."""
+        """Terminate the idle backends; return how many there were."""
         killed = await self._connection.fetchval(
             "SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity"
             f" WHERE datname = current_database() AND usename = '{LOGIN}' AND state = 'idle'"
@@ -252,14 +252,16 @@ class TestRepositories:
         await attacks.raw_sql_does_not_cross(db, owner, await attacks.plant_victim(db))
 
     @pytest.mark.parametrize("login", [LOGIN])
-    async def test_cancelled_units_leave_nothing(self, db: Database, watcher: Watcher) -> None:
+    async def test_cancelled_transactions_leave_nothing(
+        self, db: Database, watcher: Watcher
+    ) -> None:
         await attacks.plant_victim(db)
         for step in range(60):
-            unit = asyncio.create_task(db.tasks.create("alice", "cut off"))
+            call = asyncio.create_task(db.tasks.create("alice", "cut off"))
             for _ in range(step % 30):
                 await asyncio.sleep(0)
-            unit.cancel()
-            await asyncio.gather(unit, return_exceptions=True)
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
             async with asyncio.timeout(30), db.transaction("mallory") as tx:
                 assert await attacks.rows(tx, "SELECT DISTINCT user_id FROM tasks") == ["mallory"]
         await watcher.until(0, BUSY)
@@ -325,7 +327,7 @@ class TestRoundTrips:
 @pytest.mark.parametrize("size", [1])
 @pytest.mark.parametrize("kind", [NEON, OLD], ids=_named)
 class TestOneServerConnection:
-    """All clients take turns on a single connection to the server."""
+    """All clients share a single connection to the server."""
 
     async def test_many_users_at_once_see_their_own(self, url: str, kind: Kind) -> None:
         async with Database.from_url(url, prepared_statements=kind[2]) as db:
@@ -344,16 +346,16 @@ class TestOneServerConnection:
                 await db.users.create(user, email=f"{user}@example.org", name=user)
                 await db.tasks.create_many(user, [NewTask(user)] * 3)
             for _ in range(30):
-                units = [
+                calls = [
                     asyncio.create_task(call(db, user))
                     for user in USERS[:4]
                     for call in (self._seen, self._failing)
                 ]
                 await asyncio.sleep(dice.random() * 0.01)
-                for unit in dice.sample(units, 4):
-                    unit.cancel()
+                for call in dice.sample(calls, 4):
+                    call.cancel()
                 async with asyncio.timeout(30):
-                    results = await asyncio.gather(*units, return_exceptions=True)
+                    results = await asyncio.gather(*calls, return_exceptions=True)
                 assert {type(result) for result in results} <= {
                     asyncio.CancelledError,
                     LookupError,
@@ -487,7 +489,7 @@ class TestMigrations:
 class TestFaults:
     @pytest_asyncio.fixture
     async def pooler(self, poolers: Poolers, kind: Kind) -> AsyncGenerator[PgBouncer]:
-        """One of its own, to be killed."""
+        """A PgBouncer of this test's own, to be killed."""
         async with poolers.new(kind) as pooler:
             yield pooler
 
@@ -621,7 +623,7 @@ class TestFaults:
             assert await db.tasks.get("alice", task.id) == task
             await owner.execute(f"ALTER TABLE tasks ALTER title TYPE varchar({length})")
         assert await db.tasks.get("alice", task.id) == task
-        # Prepared before, and given to server connections that never saw it change.
+        # Prepared before the change, and used on server connections opened after it.
         await pooler.console("RECONNECT")
         assert await db.tasks.get("alice", task.id) == task
         assert (await db.tasks.toggle("alice", task.id)).completed

@@ -1,4 +1,4 @@
-"""What was acknowledged is there, exactly once, after a storm of restarts under load."""
+"""Acknowledged changes are stored exactly once, after many restarts under load."""
 
 import asyncio
 import random
@@ -16,16 +16,19 @@ from todo_db import (
     Database,
     NewTask,
     OutcomeUnknownError,
+    Settings,
     TaskRecord,
     TodoDBError,
     Transaction,
     UnavailableError,
 )
 from todo_db.embedded import LOGIN, EmbeddedPostgres
+from todo_db.logins import create_login
 from todo_db.migrations import upgrade
 
 pytestmark = pytest.mark.fault
 
+SINGLE: Final = "single_login"
 USERS: Final = ("alice", "bob")
 WRITERS: Final = 4
 """Of each kind."""
@@ -39,18 +42,18 @@ MANY: Final = 3
 
 @dataclass
 class Log:
-    """What the writers were told about each title."""
+    """The outcome of the calls for each title."""
 
     acknowledged: set[str] = field(default_factory=set[str])
     refused: set[str] = field(default_factory=set[str])
     unknown: set[str] = field(default_factory=set[str])
     ids: dict[str, int] = field(default_factory=dict[str, int])
-    strangers: list[BaseException] = field(default_factory=list[BaseException])
+    unexpected: list[BaseException] = field(default_factory=list[BaseException])
     again: int = 0
 
 
 class Writers:
-    """Write until they are told to stop; a title is never used for two calls."""
+    """Write until `stop`; each call has a title of its own."""
 
     def __init__(self, db: Database) -> None:
         self.log = Log()
@@ -66,7 +69,7 @@ class Writers:
         return [f"{user} {self._numbers} {part}" for part in range(number)]
 
     async def unkeyed(self, user: str, seed: int) -> None:
-        """Use each way to write in turn, and believe what it says."""
+        """Use each way to write in turn, and log its outcome."""
         dice = random.Random(seed)  # noqa: S311  # the same every time
         while not self._stopped:
             write = dice.choice((self._create, self._create_many, self._transaction, self._run))
@@ -78,19 +81,19 @@ class Writers:
             except OutcomeUnknownError:
                 self.log.unknown.update(titles)
             except Exception as error:  # noqa: BLE001  # counted
-                self.log.strangers.append(error)
+                self.log.unexpected.append(error)
             else:
                 self.log.acknowledged.update(titles)
 
     async def keyed(self, user: str, seed: int) -> None:
-        """Make each call again with its key until it is acknowledged."""
+        """Repeat each call with its key until it is acknowledged."""
         dice = random.Random(seed)  # noqa: S311  # the same every time
         while not self._stopped:
             titles = self._titles(user, dice.choice((1, MANY)))
             try:
                 tasks = await self._until_acknowledged(user, titles)
             except Exception as error:  # noqa: BLE001  # counted
-                self.log.strangers.append(error)
+                self.log.unexpected.append(error)
             else:
                 self.log.acknowledged.update(titles)
                 self.log.ids.update((task.title, task.id) for task in tasks)
@@ -128,36 +131,46 @@ class Writers:
 
 @pytest_asyncio.fixture(scope="module")
 async def server(todo_postgres: EmbeddedPostgres) -> AsyncGenerator[Cluster]:
-    del todo_postgres  # it made the user that this one runs as
+    del todo_postgres  # creates the user that this one runs as
     with Cluster(18, durable=True) as server:
-        await upgrade(await server.create_database("template"))
+        owner = await server.create_database("template")
+        await upgrade(owner)
         await server.execute(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app PASSWORD '{PASSWORD}'")
+        await create_login(owner, Settings(), SINGLE)
+        await server.execute(f"ALTER ROLE {SINGLE} PASSWORD '{PASSWORD}'")
         yield server
 
 
+@pytest.fixture(params=[LOGIN, SINGLE])
+def login(request: pytest.FixtureRequest) -> str:
+    """The calls of the first take three round trips, those of the other take one."""
+    return str(request.param)
+
+
 @pytest_asyncio.fixture(params=["direct", "pooled"])
-async def url(request: pytest.FixtureRequest, server: Cluster) -> AsyncGenerator[str]:
-    name = f"storm_{request.param}"
+async def url(request: pytest.FixtureRequest, server: Cluster, login: str) -> AsyncGenerator[str]:
+    name = f"storm_{login}_{request.param}"
     await server.execute(
         f"CREATE DATABASE {name} TEMPLATE template OWNER todo_owner",
         f"REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC",
     )
     if request.param == "direct":
-        yield server.url(LOGIN, name)
+        yield server.url(login, name)
         return
-    # The default of 15 s would be spent waiting after each restart.
+    # With the default, PgBouncer would wait 15 s after each restart.
     async with PgBouncer(
         TRIXIE,
         server.url("postgres", "postgres"),
         max_prepared_statements=1000,
         server_login_retry=1,
     ) as pooler:
-        yield pooler.url(LOGIN, name)
+        yield pooler.url(login, name)
 
 
 @pytest_asyncio.fixture
-async def db(url: str) -> AsyncGenerator[Database]:
+async def db(url: str, login: str) -> AsyncGenerator[Database]:
     async with Database.from_url(url) as database:
+        assert (await database.health()).round_trips == (1 if login == SINGLE else 3)
         for user in USERS:
             await database.users.create(user, email=f"{user}@example.org", name=user)
         yield database
@@ -188,8 +201,8 @@ class TestRestarts:
         assert health.ok
         assert (health.pool.in_use, health.pool.waiting) == (0, 0)
 
-        assert [error for error in log.strangers if not isinstance(error, TodoDBError)] == []
-        assert log.strangers == []
+        assert [error for error in log.unexpected if not isinstance(error, TodoDBError)] == []
+        assert log.unexpected == []
 
         name = db._pool._engine.url.database
         assert name is not None
@@ -202,8 +215,8 @@ class TestRestarts:
         assert log.refused & stored.keys() == set()
         assert stored.keys() <= log.acknowledged | log.unknown
         assert all(row["title"].startswith(row["user_id"]) for row in rows)
-        # Not one of them was so lucky that the storm has passed it by.
+        # Enough calls that every restart interrupted some.
         assert len(log.acknowledged) >= 300 * len(ENDS)
-        # What a replay returns is the row that is there.
+        # A repeated call returns the stored row.
         ids = {row["title"]: row["id"] for row in rows}
         assert {title: ids[title] for title in log.ids} == log.ids
