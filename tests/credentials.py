@@ -1,7 +1,7 @@
-"""What Better Auth hands out, minted here, and what attackers make of it.
+"""Credentials like those of Better Auth, and forged ones of attackers.
 
-As https://www.better-auth.com/docs/concepts/session-management and …/plugins/jwt have it; that
-the real one makes the same is for `test_better_auth_server` to say.
+They follow https://www.better-auth.com/docs/concepts/session-management and …/plugins/jwt.
+`test_better_auth_server` checks those of the real Better Auth.
 """
 
 import base64
@@ -33,14 +33,14 @@ type Sign = Callable[[bytes], bytes]
 
 @dataclass(frozen=True)
 class Credential:
-    """The two headers that may say who is asking."""
+    """The two headers that can contain a credential."""
 
     cookie: str | None = None
     authorization: str | None = None
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """What a client would send that checks nothing."""
+        """Return the headers, without any check of their values."""
         sent = (("cookie", self.cookie), ("authorization", self.authorization))
         return [
             (name.encode(), value.encode(errors="surrogatepass"))
@@ -51,7 +51,7 @@ class Credential:
 
 @dataclass(frozen=True)
 class Key:
-    """A signing key of Better Auth's, and its row's id."""
+    """A signing key of Better Auth, and the id of its row."""
 
     id: str = field(default_factory=lambda: token_hex(16))
     private: ed25519.Ed25519PrivateKey = field(default_factory=ed25519.Ed25519PrivateKey.generate)
@@ -69,7 +69,7 @@ class Key:
         return {"alg": "EdDSA", "kid": self.id}
 
     def jwt(self, **changes: object) -> str:
-        """Sign alice's claims; None takes one away."""
+        """Sign alice's claims; None removes a claim."""
         return jwt(self.header, claims(**changes), self.private.sign)
 
 
@@ -78,14 +78,14 @@ def b64url(data: bytes) -> str:
 
 
 def jwt(header: Json | str, payload: Json | str, sign: Sign) -> str:
-    """Write a JWT, also one that no library would write."""
+    """Return a JWT, also one that no library would create."""
     parts = (part if isinstance(part, str) else json.dumps(part) for part in (header, payload))
     told = ".".join(b64url(part.encode()) for part in parts)
     return f"{told}.{b64url(sign(told.encode()))}"
 
 
 def claims(**changes: object) -> Json:
-    """Return what Better Auth says of alice; None takes a claim away."""
+    """Return Better Auth's claims about alice; None removes a claim."""
     now = int(time.time())
     usual = {
         "sub": "alice",
@@ -100,7 +100,7 @@ def claims(**changes: object) -> Json:
 
 
 def signed(token: str, secret: str = SECRET) -> str:
-    """Return what Better Auth writes into a cookie, before it is percent-encoded."""
+    """Return the value of Better Auth's cookie, before it is percent-encoded."""
     digest = hmac.digest(secret.encode(), token.encode(), "sha256")
     return f"{token}.{base64.b64encode(digest).decode()}"
 
@@ -124,7 +124,7 @@ def truncated(text: str) -> Iterator[str]:
     return (text[:length] for length in range(len(text)))
 
 
-# What may stand in `jwks.public_key`, and is no key that verifies anything here.
+# Values of `jwks.public_key` that are not a usable key.
 NO_KEYS: Final[dict[str, str]] = {
     "another algorithm": json.dumps(
         {"kty": "EC", "crv": "P-256", "x": b64url(bytes(32)), "y": b64url(bytes(32))}
@@ -153,7 +153,7 @@ NO_KEYS: Final[dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Issued:
-    """What stands in Better Auth's tables: alice's sessions, and its signing keys."""
+    """The rows of Better Auth's tables: alice's sessions, and the signing keys."""
 
     token: str = field(default_factory=lambda: token_hex(16))
     session_id: str = field(default_factory=lambda: token_hex(16))
@@ -181,7 +181,7 @@ async def add_session(
     session_id: str | None = None,
     seconds: int = _HOUR,
 ) -> str:
-    """Sign somebody in; return the token."""
+    """Store a session of a user; return its token."""
     token = token or token_hex(16)
     await owner.execute(
         "INSERT INTO sessions (id, user_id, token, expires_at)"
@@ -211,7 +211,7 @@ def _named(name: str) -> str:
 
 
 async def issue(owner: Connection) -> Issued:
-    """Do to a database with alice in it what Better Auth does."""
+    """Store sessions and keys in a database that has alice, as Better Auth does."""
     issued = Issued()
     await add_session(owner, "alice", token=issued.token, session_id=issued.session_id)
     await add_session(owner, "alice", token=issued.expired, seconds=-1)
@@ -237,7 +237,7 @@ async def issue(owner: Connection) -> Issued:
 
 
 def accepted(issued: Issued) -> dict[str, Credential]:
-    """Return what is alice's, by name; the plain cookie only where the URL is http."""
+    """Return alice's valid credentials, by name; the plain cookie only for an http URL."""
     return {
         "cookie": cookie(signed(issued.token)),
         "secure cookie": cookie(signed(issued.token), SECURE_COOKIE),
@@ -268,7 +268,7 @@ def accepted(issued: Issued) -> dict[str, Credential]:
     }
 
 
-def _nobody(_message: bytes) -> bytes:
+def _unsigned(_message: bytes) -> bytes:
     return b""
 
 
@@ -395,7 +395,7 @@ def _refused_jwts(issued: Issued) -> dict[str, Credential]:
     return {
         **{
             f"alg {alg!r} without a signature": bearer(
-                jwt({"alg": alg, "kid": issued.key.id}, claims(), _nobody)
+                jwt({"alg": alg, "kid": issued.key.id}, claims(), _unsigned)
             )
             for alg in _ALGORITHMS
         },
@@ -478,7 +478,7 @@ def _refused_jwts(issued: Issued) -> dict[str, Credential]:
         ),
         "signed by a key retired 31 days ago": bearer(issued.old_key.jwt()),
         "signature of another jwt": bearer(
-            jwt(issued.key.header, claims(sub="bob"), _nobody) + issued.key.jwt().split(".")[2]
+            jwt(issued.key.header, claims(sub="bob"), _unsigned) + issued.key.jwt().split(".")[2]
         ),
         "signature of zeros": bearer(jwt(issued.key.header, claims(), _zeros)),
         "signature twice": bearer(
@@ -519,7 +519,7 @@ def _refused_jwts(issued: Issued) -> dict[str, Credential]:
 
 
 def refused(issued: Issued) -> dict[str, Credential]:
-    """Return every attack, by name."""
+    """Return every credential that must be refused, by name."""
     junk = {
         f"{name} in {place}": credential
         for name, text in _JUNK.items()

@@ -1,4 +1,4 @@
-"""asyncpg's own connections, for what the tests ask behind the package's back."""
+"""asyncpg connections, for tests that query the database without the package."""
 
 import asyncpg
 

@@ -1,5 +1,5 @@
-"""What an idempotency key promises: shared by the tests that the promises are kept, and by those
-that take a part of the package away and must see the same check fail.
+"""Checks of the guarantees of idempotency keys. Two kinds of tests use them: those that run on the
+whole package, and those that remove a part of it and expect the same check to fail.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ ASKED: Final = (NewTask("z"), NewTask("a", "", completed=True), NewTask("m", "nu
 
 
 async def outcome[T](call: Awaitable[T]) -> T | type[TodoDBError]:
-    """Return what a call returns, or with which error of the package it ends."""
+    """Return the result of a call, or the error of the package that it raises."""
     try:
         return await call
     except TodoDBError as error:
@@ -26,7 +26,7 @@ async def outcome[T](call: Awaitable[T]) -> T | type[TodoDBError]:
 
 
 async def stored(owner: Connection, user_id: str = "alice") -> tuple[int, int]:
-    """Count a user's tasks and keys, behind the package's back."""
+    """Count a user's tasks and keys, as the owner."""
     row = await owner.fetchrow(
         "SELECT (SELECT count(*) FROM tasks WHERE user_id = $1),"
         " (SELECT count(*) FROM idempotency_keys WHERE user_id = $1)",
@@ -38,9 +38,9 @@ async def stored(owner: Connection, user_id: str = "alice") -> tuple[int, int]:
 
 @asynccontextmanager
 async def claimed(owner: Connection, key: str) -> AsyncGenerator[None]:
-    """A key of alice's that another call stores, and commits at the end of the block.
+    """A key of alice that another transaction stores, and commits at the end of the block.
 
-    The block is for calls with the same key: it ends when one of them waits.
+    The block makes calls with the same key. It ends when one of them waits.
     """
     async with owner.transaction():
         await owner.execute(
@@ -94,7 +94,7 @@ async def lost_commit_is_resolved(db: Database, owner: Connection, _victim: Vict
 
 
 async def second_call_finds_the_first(db: Database, owner: Connection, _victim: Victim) -> None:
-    """Of two at once the second one waits, and is tried again when it lost."""
+    """The second of two calls at the same time waits, and is retried after it lost."""
     tasks, keys = await stored(owner)
     call = outcome(db.tasks.create("alice", "x", idempotency_key="1"))
     async with claimed(owner, "1"):
@@ -113,7 +113,7 @@ async def lost_race_leaves_a_transaction_usable(
             call = outcome(tx.tasks.create("alice", "x", idempotency_key="1"))
             second = asyncio.create_task(call)
         assert await second is UnavailableError
-        # Whoever was first has committed, so this time it is found.
+        # The first call has committed, so its key is found now.
         call = outcome(tx.tasks.create("alice", "x", idempotency_key="1"))
         assert await call is IdempotencyKeyReusedError
         await tx.tasks.create("alice", "after")

@@ -1,4 +1,4 @@
-"""Waiting for a lock, without sleeping for luck."""
+"""Wait until a backend is blocked by a lock, without a fixed sleep."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ from driver import Connection
 
 
 async def until_waiting(owner: Connection) -> None:
-    """Return once a backend waits for a lock that another one holds."""
+    """Return when a backend waits for a lock that another one holds."""
     async with asyncio.timeout(20):
         while not await owner.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
             pass

@@ -1,4 +1,4 @@
-"""A real PgBouncer in front of a server on a unix socket, configured as Neon configures its own."""
+"""A real PgBouncer in front of a server on a unix socket, configured like Neon's."""
 
 import asyncio
 import os
@@ -23,25 +23,25 @@ _ROOT: Final = Path(__file__).parents[1]
 
 
 def fetched(suite: str) -> Path:
-    """Return the folder with PgBouncer of a Debian release, unpacking it on first use."""
+    """Return the folder with PgBouncer of a Debian release; unpack it on first use."""
     folder = _ROOT / ".cache" / f"pgbouncer-{suite}"
     subprocess.run([_ROOT / ".ci" / "fetch-debian", suite, "pgbouncer", folder], check=True)
     return folder
 
 
 class PgBouncer:
-    """Pools by transaction, and lets those in whose SCRAM secret the server knows.
+    """Pools by transaction, and authenticates clients with the server's SCRAM secrets.
 
-    Listens on a unix socket in a folder of its own. Started as root it runs as the server's own
-    user, because it refuses root, and nobody else may enter the folder of the server's socket.
+    Listens on a unix socket in a folder of its own. Started as root it runs as the server's user,
+    because it refuses root, and only that user may enter the folder of the server's socket.
 
     Args:
         suite: The Debian release that it comes from.
-        server_url: Any URL of the server; its user is asked for the secrets of the others.
-        max_prepared_statements: How many it carries over to other connections; Neon says 1000,
-            said nothing, and 1.18 does not know the setting.
-        default_pool_size: How many connections to the server it makes for a user of a database.
-        settings: Any others of its settings, by name.
+        server_url: Any URL of the server; its user reads the SCRAM secrets of other users.
+        max_prepared_statements: How many prepared statements it tracks for other connections. Neon
+            sets 1000, did not set it earlier, and 1.18 does not have the setting.
+        default_pool_size: How many connections to the server it opens for a user of a database.
+        settings: Other PgBouncer settings, by name.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class PgBouncer:
         prepared = (
             {}
             if max_prepared_statements is None
-            # Both came with 1.21 and 1.23.
+            # These two settings exist since 1.21 and 1.23.
             else {"max_prepared_statements": max_prepared_statements, "auth_dbname": "postgres"}
         )
         self._settings = prepared | {"default_pool_size": default_pool_size} | settings
         self._process: subprocess.Popen[bytes] | None = None
 
     async def __aenter__(self) -> Self:
-        # pytest's own folders can be too deep for a socket's path.
+        # The path of pytest's own folders can be too long for a socket.
         self._folder = Path(mkdtemp(prefix="todo-"))
         self._write("users", f'"{_CONSOLE}" "{PASSWORD}"\n')
         settings = {
@@ -120,7 +120,7 @@ class PgBouncer:
                     return
 
     def kill(self) -> None:
-        """End it as Neon does when a compute goes to sleep: its clients see a closed socket."""
+        """Kill it, as Neon does when it suspends a compute: clients see a closed socket."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -128,7 +128,7 @@ class PgBouncer:
             (self._folder / _SOCKET).unlink(missing_ok=True)
 
     async def terminate(self) -> None:
-        """Ask it to end; it lets its clients finish, and takes no others."""
+        """Ask it to shut down; it lets its clients finish, and accepts no new ones."""
         assert self._process is not None
         self._process.terminate()
         async with asyncio.timeout(10):
@@ -136,7 +136,7 @@ class PgBouncer:
                 await asyncio.sleep(0.005)
 
     async def console(self, command: str) -> None:
-        """Run a command of the operator's, such as PAUSE, RESUME or RECONNECT."""
+        """Run an admin command, such as PAUSE, RESUME or RECONNECT."""
         connection: Connection = await asyncpg.connect(
             host=str(self._folder), user=_CONSOLE, password=PASSWORD, database="pgbouncer"
         )
@@ -153,5 +153,5 @@ class PgBouncer:
     def _write(self, name: str, content: str) -> None:
         path = self._folder / name
         path.write_text(content)
-        # It is read again, and by then not as root.
+        # PgBouncer reads the file again, after it has dropped root.
         path.chmod(0o644)

@@ -1,7 +1,7 @@
-"""A proxy between a client and the server's unix socket: counts round trips, and breaks things.
+"""A proxy between a client and the server's unix socket: it counts round trips and injects faults.
 
-It knows bytes, not the protocol: a pattern is looked for in each piece as it arrives, and what
-these tests send arrives in one piece.
+It does not parse the protocol: it searches for a pattern in each chunk of bytes that arrives. The
+messages of these tests arrive in one chunk.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ COMMIT: Final = b"Q\x00\x00\x00\x0bCOMMIT\x00"
 ROLLBACK: Final = b"Q\x00\x00\x00\rROLLBACK\x00"
 STARTUP: Final = b"application_name\x00todo_db"
 _SOCKET: Final = ".s.PGSQL.5432"
-GOODBYE: Final = b"X\x00\x00\x00\x04"
+TERMINATE: Final = b"X\x00\x00\x00\x04"
 
 
 class Fault(Enum):
-    """What becomes of the message with the pattern in it, and of its connection."""
+    """What the proxy does with the message that contains the pattern, and its connection."""
 
     CUT_BEFORE = auto()
     """Not delivered; the connection is cut."""
@@ -58,11 +58,11 @@ class _Link:
 
 
 class Proxy:
-    """Listens in a folder of its own; `url` is the server's, by way of here.
+    """Listens in a folder of its own; `url` connects to the server through the proxy.
 
     Attributes:
-        round_trips: How often a client spoke and then waited, over all connections.
-        connections: How many were made.
+        round_trips: How often a client sent something and then waited, over all connections.
+        connections: How many connections were opened.
         sent: All that clients sent.
     """
 
@@ -77,7 +77,7 @@ class Proxy:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        # pytest's own folders can be too deep for a socket's path.
+        # The path of pytest's own folders can be too long for a socket.
         self._folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="todo-"))
         server = await asyncio.start_unix_server(self._serve, Path(self._folder, _SOCKET))
         self._stack.push_async_callback(self.cut)
@@ -95,7 +95,7 @@ class Proxy:
 
     @property
     def pending(self) -> int:
-        """How many planned faults have not happened."""
+        """Return how many planned faults have not happened yet."""
         return sum(planned.left for planned in self._planned)
 
     def break_at(
@@ -103,15 +103,19 @@ class Proxy:
     ) -> None:
         self._planned.append(_Planned(pattern, fault, sender, times))
 
+    def heal(self) -> None:
+        """Forget the planned faults that have not happened yet."""
+        self._planned.clear()
+
     async def cut(self) -> None:
-        """Cut all connections there are."""
+        """Close all current connections."""
         links = list(self._links)
         for link in links:
             link.cancel()
         await asyncio.gather(*links, return_exceptions=True)
 
     async def turns[T](self, awaitable: Awaitable[T]) -> int:
-        """Count the round trips of something, whether the package refuses it or not."""
+        """Count the round trips of a call, also if it raises an error of the package."""
         before = self.round_trips
         with suppress(TodoDBError):
             await awaitable
@@ -137,7 +141,7 @@ class Proxy:
                 for way in ways:
                     way.cancel()
         except asyncio.CancelledError:
-            # By `cut`. Streams log a handler that ends as cancelled.
+            # `cut` cancelled it. asyncio's streams log a handler that ends as cancelled.
             return
         finally:
             for end in writers:
@@ -181,7 +185,7 @@ class Proxy:
             link.answered = True
             return
         self.sent += piece
-        if link.answered and piece != GOODBYE:
+        if link.answered and piece != TERMINATE:
             self.round_trips += 1
             link.answered = False
 
@@ -194,7 +198,7 @@ class Proxy:
 
 
 async def until(fact: Callable[[], bool]) -> None:
-    """Wait for something that happens by itself and tells nobody."""
+    """Wait until a condition becomes true, by polling."""
     async with asyncio.timeout(10):
         while not fact():  # noqa: ASYNC110  # nothing sets an event
             await asyncio.sleep(0.002)

@@ -1,4 +1,4 @@
-"""Who is asking. `credentials` lists what is believed and what is not."""
+"""Authentication. `credentials` lists valid and invalid credentials."""
 
 import asyncio
 import hmac
@@ -68,12 +68,12 @@ async def asked(authenticator: Authenticator, credential: Credential) -> str:
 
 
 async def refusal(authenticator: Authenticator, credential: Credential) -> NotAuthenticatedError:
-    """Ask, and see that the answer is the same as to everybody who is not let in."""
+    """Check a credential that must be refused, and that the error does not depend on it."""
     with pytest.raises(NotAuthenticatedError) as caught:
         await asked(authenticator, credential)
     error = caught.value
     assert type(error) is NotAuthenticatedError
-    assert str(error) == "The request carries no valid credential. Map it to HTTP 401."
+    assert str(error) == "The request carries no valid credential."
     assert error.args == ()
     assert vars(error) == {}
     assert error.__cause__ is None
@@ -142,20 +142,20 @@ class TestAuthenticator:
 
 class TestUserId:
     @pytest.mark.parametrize("name", _ACCEPTED)
-    async def test_is_alice_for(self, name: str, world: World) -> None:
+    async def test_accepts_alices(self, name: str, world: World) -> None:
         assert await asked(world.authenticator, world.accepted[name]) == "alice"
 
     @pytest.mark.parametrize("name", _REFUSED)
-    async def test_is_nobody_for(self, name: str, world: World) -> None:
+    async def test_refuses(self, name: str, world: World) -> None:
         async with asyncio.timeout(10):
             await refusal(world.authenticator, world.refused[name])
 
-    async def test_believes_the_secure_cookie_alone_behind_tls(self, world: World) -> None:
+    async def test_accepts_only_the_secure_cookie_with_https(self, world: World) -> None:
         value = signed(world.issued.token)
         good, plain = cookie(value, SECURE_COOKIE), cookie(value)
         assert await asked(world.behind_tls, good) == "alice"
         await refusal(world.behind_tls, plain)
-        # Who can set a plain cookie for the host may not sign the user in as somebody else.
+        # An attacker who can set a plain cookie must not sign the user in as another user.
         await refusal(world.behind_tls, Credential(f"{plain.cookie}; {SECURE_COOKIE}=junk"))
         both = Credential(f"{COOKIE}=junk; {good.cookie}")
         assert await asked(world.behind_tls, both) == "alice"
@@ -179,7 +179,7 @@ class TestUserId:
         self, change: Callable[[str], Any], world: World
     ) -> None:
         for value in change(signed(world.issued.token)):
-            # Without any signature it is the session token, which is a credential too.
+            # Without any signature it is the session token, which is a valid credential too.
             if value != world.issued.token:
                 await refusal(world.authenticator, bearer(value))
 
@@ -212,7 +212,7 @@ class TestUserId:
             else:
                 await refusal(world.authenticator, credential)
 
-    async def test_tells_two_users_apart(self, database: Database, owner: Connection) -> None:
+    async def test_distinguishes_two_users(self, database: Database, owner: Connection) -> None:
         authenticator = Authenticator(database, set_up())
         tokens = {}
         for user in ("alice", "bob"):
@@ -250,11 +250,13 @@ class TestUserId:
 
 
 class TestKeys:
-    async def test_a_user_who_is_gone_is_still_named(self, database: Database, key: Key) -> None:
+    async def test_a_jwt_of_a_deleted_user_is_still_valid(
+        self, database: Database, key: Key
+    ) -> None:
         authenticator = Authenticator(database, set_up())
         assert await asked(authenticator, bearer(key.jwt(sub="gone"))) == "gone"
 
-    async def test_a_deleted_key_is_believed_for_five_minutes(
+    async def test_a_deleted_key_is_accepted_for_five_minutes(
         self, database: Database, owner: Connection, key: Key, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         now = 1_000.0
@@ -269,7 +271,7 @@ class TestKeys:
         now -= 2
         await refusal(authenticator, bearer(key.jwt()))
 
-    async def test_a_new_key_is_believed_at_once(
+    async def test_a_new_key_is_accepted_at_once(
         self, database: Database, owner: Connection
     ) -> None:
         authenticator = Authenticator(database, set_up())
@@ -324,7 +326,7 @@ class TestRoundTrips:
 
 
 class TestArbitraryText:
-    """Nothing but the one refusal, whatever stands in the headers."""
+    """Any other text in the headers is refused with the same error."""
 
     @_EXAMPLES
     @given(header=st.text(alphabet=st.characters(exclude_categories=())))
@@ -384,7 +386,7 @@ class TestArbitraryText:
             user_id = await asked(world.authenticator, credential)
         except NotAuthenticatedError:
             return
-        # Other users exist, and a token may end later.
+        # Another existing user and a later expiry are valid.
         assert set(changes) <= {"exp", "nbf", "sub"}
         assert user_id == changes.get("sub", "alice")
 
@@ -409,7 +411,7 @@ class TestUnavailable:
 
 
 class TestSecrecy:
-    async def test_no_credential_is_logged_or_told(
+    async def test_no_credential_is_logged_or_in_an_error(
         self, world: World, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
     ) -> None:
         caplog.set_level(logging.DEBUG)
@@ -428,7 +430,7 @@ class TestSecrecy:
         for secret in (SECRET, issued.token, issued.expired, issued.key.id, *digests, "eyJ"):
             assert secret not in heard
 
-    async def test_no_credential_is_told_by_a_database_that_fails(
+    async def test_no_credential_is_in_an_error_of_the_database(
         self,
         alice: str,
         key: Key,

@@ -1,4 +1,4 @@
-"""The real Better Auth, by HTTP, on the tables that our migrations made."""
+"""The real Better Auth, over HTTP, on the tables that our migrations create."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ AUTH: Final = "better_auth_login"
 OWNER: Final = "better_auth_owner"
 EVERYWHERE: Final = {"users", "sessions", "accounts", "tasks"}
 
-# Which login, and max_prepared_statements of the PgBouncer in between, if there is one.
+# The login, and max_prepared_statements of the PgBouncer in between, if there is one.
 type Way = tuple[str, int | None]
 
 WAYS: Final[tuple[Way, ...]] = tuple(
@@ -49,7 +49,7 @@ WAYS: Final[tuple[Way, ...]] = tuple(
 
 @pytest.fixture(scope="module", autouse=True)
 def _logins(todo_postgres: EmbeddedPostgres) -> Generator[None]:
-    """An owner like Neon's, and what we recommend; both have to say a password."""
+    """An owner like Neon's, and the recommended login; both need a password."""
     todo_postgres._psql(
         f"CREATE ROLE {AUTH} LOGIN IN ROLE todo_auth PASSWORD '{DATABASE_PASSWORD}'",
         f"CREATE ROLE {OWNER} LOGIN BYPASSRLS IN ROLE todo_owner PASSWORD '{DATABASE_PASSWORD}'",
@@ -91,7 +91,7 @@ def auth_url(
     else:
         direct = make_url(todo_postgres.url(user=login, database=todo_database_name))
         url = direct.set(password=DATABASE_PASSWORD).render_as_string(hide_password=False)
-    # SQLAlchemy leaves blanks as they are; then Node's driver does not decode the rest.
+    # SQLAlchemy does not encode spaces; then Node's driver does not decode the rest.
     return url.replace(" ", "%20")
 
 
@@ -144,21 +144,21 @@ class TestAccount:
         bob = await auth.sign_up("Bob")
         user_id, bob_id = await user_id_of(alice), await user_id_of(bob)
 
-        # What Better Auth wrote, our repositories read, each user their own.
+        # Our repositories read what Better Auth wrote, for each user their own row.
         user = await database.users.get(user_id)
         assert (user.email, user.name, user.username) == ("alice@example.org", "Alice", None)
         await database.tasks.create(user_id, "hers", idempotency_key="a key of hers")
         await database.tasks.create(bob_id, "his")
         assert [task.title for task in (await database.tasks.list(user_id)).items] == ["hers"]
 
-        # A token for other services, which its public keys alone can verify.
+        # A JWT for other services, verified with the public keys alone.
         token = (await ask(alice, "token"))["token"]
         keys = jwt.PyJWKSet.from_dict(await ask(auth.browser(), "jwks"))
         key = keys[jwt.get_unverified_header(token)["kid"]]
         claims = jwt.decode(token, key, ["EdDSA"], audience=auth.url, issuer=auth.url)
         assert claims["sub"] == user_id
 
-        # Signed out is signed out, and signing in makes another session.
+        # A sign-out ends the session, and signing in creates another one.
         await ask(alice, "sign-out", {})
         assert await ask(alice, "get-session") is None
         wrong = {"email": "alice@example.org", "password": "wrong horse battery"}
@@ -166,13 +166,13 @@ class TestAccount:
         await ask(alice, "sign-in/email", wrong | {"password": PASSWORD})
         assert await user_id_of(alice) == user_id
 
-        # A change made there is seen here, and moves the version.
+        # A change by Better Auth is visible here, and changes the version.
         await ask(alice, "update-user", {"name": "Alice Liddell"})
         changed = await database.users.get(user_id)
         assert (changed.name, changed.created_at) == ("Alice Liddell", user.created_at)
         assert changed.updated_at > user.updated_at
 
-        # Deleted, nothing is left of her anywhere, and everything of him.
+        # After the deletion no row of alice is left, and every row of bob.
         hers = (user_id, "alice@example.org")
         assert await tables_that_name(owner, *hers) >= EVERYWHERE
         await ask(alice, "delete-user", {"password": "wrong horse battery"}, status=400)
@@ -214,7 +214,9 @@ class TestEmail:
 
 
 class TestUsername:
-    async def test_of_better_auth_is_ours(self, auth: BetterAuth, database: Database) -> None:
+    async def test_of_better_auth_is_in_our_table(
+        self, auth: BetterAuth, database: Database
+    ) -> None:
         browser = auth.browser()
         body = {
             "name": "Alice",
@@ -251,7 +253,7 @@ class TestPlugins:
     def way(self) -> Way:
         return (OWNER, None)
 
-    async def test_may_add_what_alembic_and_the_doctor_leave_alone(
+    async def test_may_add_what_alembic_and_the_doctor_ignore(
         self,
         auth: BetterAuth,
         database: Database,
@@ -282,7 +284,7 @@ class TestPlugins:
         await asyncio.to_thread(command.check, alembic_config(url))
         login = todo_postgres.url(user=LOGIN, database=todo_database_name)
         report = await examine(Settings(database_url=SecretStr(login)))
-        # Of the server of these tests, not of the schema.
+        # This finding is about the server of these tests, not about the schema.
         assert {finding.code for finding in report.findings} == {"durability-weakened"}
         await auth.sign_up("Alice")
         user_id = await owner.fetchval("SELECT id FROM users")
@@ -317,7 +319,7 @@ class TestFastAPI:
                 assert (await api.get("/api/me", headers=headers)).json()["id"] == user_id
                 assert (await api.get(path, headers=headers)).json()["title"] == "hers"
 
-            # bob is told of her task what he is told of none.
+            # For her task bob gets the same answer as for a task that does not exist.
             assert (await api.get("/api/tasks", headers=his)).json()["items"] == []
             for method in ("GET", "DELETE"):
                 foreign = await api.request(method, path, headers=his)
@@ -325,12 +327,12 @@ class TestFastAPI:
                 assert foreign.status_code == missing.status_code == 404
                 assert foreign.content == missing.content
 
-            # Signed out, the session is worth nothing here either; the JWT is its own proof.
+            # After the sign-out the session is refused here too; the JWT is valid until it expires.
             await ask(alice, "sign-out", {})
             states = [(await api.get("/api/me", headers=headers)).status_code for headers in hers]
             assert states == [401, 401, 401, 200]
 
-            # Deleted, it proves who there is no more.
+            # After the deletion the JWT names a user that does not exist.
             await ask(alice, "sign-in/email", {"email": "Alice@example.org", "password": PASSWORD})
             await ask(alice, "delete-user", {"password": PASSWORD})
             assert (await api.get("/api/me", headers=hers[-1])).status_code == 404

@@ -1,4 +1,4 @@
-"""What Alembic does not compare, held against the live database as a whole."""
+"""Compares everything that Alembic does not compare with a live database."""
 
 from collections.abc import AsyncGenerator
 
@@ -19,7 +19,7 @@ DATABASE = "todo_catalogue"
 async def superuser(todo_postgres: EmbeddedPostgres) -> AsyncGenerator[Connection]:
     todo_postgres.create_database(DATABASE)
     connection = await asyncpg.connect(todo_postgres.url(user="postgres", database=DATABASE))
-    # As CREATE DATABASE leaves it, so that the migrations have something to revoke.
+    # The default grants of CREATE DATABASE, so that the migrations have something to revoke.
     await connection.execute(f"GRANT TEMPORARY ON DATABASE {DATABASE} TO PUBLIC")
     await upgrade(todo_postgres.url(database=DATABASE))
     yield connection
@@ -28,7 +28,7 @@ async def superuser(todo_postgres: EmbeddedPostgres) -> AsyncGenerator[Connectio
 
 
 async def with_weakness(connection: Connection, plant: str) -> Catalogue:
-    """Return the catalogue after a script; undo the script."""
+    """Return the catalogue after a script; roll the script back."""
     transaction = connection.transaction()
     await transaction.start()
     try:
@@ -45,7 +45,7 @@ async def changed_by(connection: Connection, plant: str) -> set[str]:
 
 
 async def findings(connection: Connection, plant: str) -> set[tuple[str, str]]:
-    """Return code and section of what the doctor finds after a script."""
+    """Return code and section of the doctor's findings after a script."""
     found = differences(await with_weakness(connection, plant))
     return {(code, subject.partition(":")[0]) for code, subject in found}
 
@@ -69,12 +69,12 @@ class TestMigratedDatabase:
 
 
 class TestRead:
-    """Plants what must never be there: whatever the queries overlook, the tests above allow."""
+    """Creates forbidden objects: the tests above would accept what the queries do not see."""
 
     @pytest.mark.parametrize(
         ("section", "plant"),
         [
-            # What a policy says and whom it binds (B1, B2, B3)
+            # The rule of a policy and its roles (B1, B2, B3)
             ("policies", "CREATE POLICY extra ON tasks USING (true)"),
             ("policies", "CREATE POLICY extra ON tasks FOR SELECT TO todo_app USING (true)"),
             ("policies", "DROP POLICY tasks_own ON tasks"),
@@ -235,7 +235,7 @@ class TestRead:
     async def test_sees(self, superuser: Connection, section: str, plant: str) -> None:
         assert section in await changed_by(superuser, plant)
 
-    async def test_leaves_alone_what_is_not_part_of_it(self, superuser: Connection) -> None:
+    async def test_ignores_what_is_not_part_of_it(self, superuser: Connection) -> None:
         rows = """INSERT INTO users (id, email) VALUES ('alice', 'alice@example.org');
             INSERT INTO tasks (user_id, title) VALUES ('alice', 'Buy milk')"""
         assert await changed_by(superuser, rows) == set()
@@ -253,7 +253,7 @@ class TestRead:
             assert more
             assert all("other.tasks" in line for line in more)
 
-    async def test_tells_the_foreign_keys_triggers_apart(self, superuser: Connection) -> None:
+    async def test_distinguishes_the_triggers_of_foreign_keys(self, superuser: Connection) -> None:
         found = await with_weakness(
             superuser,
             """CREATE TABLE notes (user_id text REFERENCES users ON DELETE CASCADE);
@@ -265,7 +265,7 @@ class TestRead:
 
 
 class TestDifferences:
-    """What the doctor makes of it."""
+    """The doctor's findings for differences of the catalogue."""
 
     @pytest.mark.parametrize(
         ("plant", "expected"),
@@ -278,7 +278,7 @@ class TestDifferences:
                 "ALTER TABLE tasks DISABLE TRIGGER update_tasks_updated_at",
                 {("missing", "triggers"), ("extra", "triggers")},
             ),
-            # Of the foreign keys' own triggers it is enough to say what is missing.
+            # For the foreign keys' internal triggers only a missing one is a finding.
             ("ALTER TABLE sessions DISABLE TRIGGER ALL", {("missing", "triggers")}),
             (
                 "ALTER POLICY users_auth ON users USING (id = 'x')",
@@ -327,7 +327,7 @@ class TestDifferences:
             "ALTER TABLE sessions ADD impersonated_by text",
             """CREATE TABLE passkeys (id text PRIMARY KEY,
             user_id text NOT NULL REFERENCES users ON DELETE CASCADE)""",
-            # An owner's own
+            # Objects of the owner
             "CREATE INDEX extra ON tasks (title)",
             "ALTER TABLE tasks SET (fillfactor = 50)",
             "ALTER TABLE tasks ENABLE ALWAYS TRIGGER update_tasks_updated_at",
@@ -338,7 +338,7 @@ class TestDifferences:
             CREATE TRIGGER spy AFTER INSERT ON other.tasks
             FOR EACH ROW EXECUTE FUNCTION set_updated_at()""",
             "CREATE VIEW everything AS SELECT * FROM tasks",
-            # Stricter than need be
+            # Stricter than necessary
             f"REVOKE CONNECT ON DATABASE {DATABASE} FROM PUBLIC",
             "REVOKE USAGE ON SCHEMA public FROM PUBLIC",
             "REVOKE EXECUTE ON FUNCTION set_updated_at() FROM PUBLIC",

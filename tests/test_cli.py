@@ -23,7 +23,7 @@ def run(*arguments: str) -> Result:
 
 @pytest.fixture(autouse=True)
 def _nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No .env and no .todo-db of the developer's."""
+    """Run in a folder without the developer's .env and .todo-db."""
     monkeypatch.chdir(folder)
     monkeypatch.delenv("DATABASE_URL", raising=False)
     monkeypatch.delenv("DIRECT_DATABASE_URL", raising=False)
@@ -45,7 +45,7 @@ class TestDemo:
         for step in demo.STEPS:
             assert f"✓   {step.claim}" in result.output
         assert "idx_tasks_user_id" in result.output
-        assert "All of it held" in result.output
+        assert "All claims are true" in result.output
 
     def test_is_disproved_when_a_defence_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         async def without_policies(at: demo.DemoContext) -> str:
@@ -64,8 +64,8 @@ class TestDemo:
         assert result.exit_code == 1
         assert "✓   bob tries alice's task by its id" in result.output
         assert "✗   bob's SQL forgets the WHERE" in result.output
-        assert "it did not hold: DisprovedError" in result.output
-        assert "Not all of it held" in result.output
+        assert "false: DisprovedError" in result.output
+        assert "At least one claim is false" in result.output
 
     async def test_is_disproved_by_what_should_be_refused(self) -> None:
         with pytest.raises(demo.DisprovedError):
@@ -133,7 +133,9 @@ class TestSeed:
         assert "2 users and 10 tasks are there; 10 tasks are new" in run("seed").output
         assert "2 users and 10 tasks are there; 0 tasks are new" in run("seed").output
 
-    async def test_deals_the_tasks_out_evenly(self, database: Database, set_url: str) -> None:
+    async def test_gives_each_user_the_same_number_of_tasks(
+        self, database: Database, set_url: str
+    ) -> None:
         await asyncio.to_thread(run, "seed", "--users", "3", "--tasks", "2500")
         people = ("alice", "bob", "user00003")
         assert [await database.tasks.count(user) for user in people] == [834, 833, 833]
@@ -144,12 +146,12 @@ class TestSeed:
 
 class TestHealth:
     @pytest.mark.usefixtures("set_url")
-    def test_says_how_it_is(self) -> None:
+    def test_shows_the_state(self) -> None:
         result = run("health")
         assert result.exit_code == 0
         assert REVISION in result.output
 
-    def test_exits_with_1_when_it_is_not_well(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_exits_with_1_on_a_problem(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("DATABASE_URL", f"postgresql://alice:{MARKER}@127.0.0.1:1/todo")
         monkeypatch.setenv("TODO_DB_RETRY_ATTEMPTS", "1")
         result = run("health")
@@ -170,21 +172,21 @@ class TestDoctor:
         assert set_url not in result.output
 
     @pytest.mark.usefixtures("set_url")
-    def test_says_first_what_it_looked_at(self) -> None:
+    def test_shows_first_what_it_examined(self) -> None:
         lines = [line.strip("│ ").split("│") for line in run("doctor").stdout.splitlines()[1:5]]
         about = {name.strip(): value.strip() for name, value in lines}
         assert re.fullmatch(r"PostgreSQL \d+\.\d+", about.pop("server"))
         assert about == {"migration": REVISION, "endpoint": "direct", "line": "unix socket"}
 
     @pytest.mark.usefixtures("set_url")
-    def test_says_that_it_cannot_tell_how_far_the_migrations_went(self) -> None:
+    def test_shows_an_unknown_revision(self) -> None:
         assert run("alembic", "downgrade", "base").exit_code == 0
         result = run("doctor")
         assert result.exit_code == 1
         assert "unknown" in result.stdout
         assert "migrations-missing" in result.stdout
 
-    def test_finds_nothing_where_all_is_well(
+    def test_finds_nothing_on_a_sound_database(
         self,
         todo_postgres: EmbeddedPostgres,  # noqa: ARG002  # makes the wheel's files readable for all
         monkeypatch: pytest.MonkeyPatch,
@@ -196,7 +198,7 @@ class TestDoctor:
             monkeypatch.setenv("DATABASE_URL", server.url(user=LOGIN))
             result = run("doctor")
         assert result.exit_code == 0
-        assert result.stdout.splitlines()[-1].startswith("Nothing was found")
+        assert result.stdout.splitlines()[-1].startswith("No weakness was found")
 
     def test_unreachable_database_is_one_line_without_the_url(
         self, monkeypatch: pytest.MonkeyPatch
@@ -232,6 +234,21 @@ class TestUrl:
         assert run("url").output == "postgresql://alice:***@localhost/todo\n"
         assert run("url", "--show-password").output == f"{url}\n"
 
+    def test_blanks_are_written_as_libpq_reads_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        url = "postgresql://alice:my%20+secret@/my%20todo?host=%2Frun%2Fmy%20folder"
+        monkeypatch.setenv("DATABASE_URL", url)
+        assert run("url", "--show-password").output == f"{url}\n"
+
+    @pytest.mark.parametrize("password", [f"p@{MARKER}", f"p/{MARKER}", f"12/{MARKER}"])
+    def test_prints_no_piece_of_a_password(
+        self, monkeypatch: pytest.MonkeyPatch, password: str
+    ) -> None:
+        monkeypatch.setenv("DATABASE_URL", f"postgresql://alice:{password}@localhost/todo")
+        result = run("url")
+        assert result.exit_code == 1
+        assert MARKER not in result.output
+        assert "%40" in result.output
+
     def test_without_a_setting_is_the_embedded_one_and_says_so(self, folder: Path) -> None:
         result = CliRunner().invoke(app.app, ["url"])
         assert "DATABASE_URL is not set: using the embedded PostgreSQL" in result.stderr
@@ -258,7 +275,9 @@ class TestPsql:
 class TestPsqlWithTls:
     URL = "postgresql://alice@127.0.0.1:1/todo?sslmode=verify-full"
 
-    def test_is_not_the_wheels(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_does_not_use_the_psql_of_the_wheel(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         monkeypatch.setenv("DATABASE_URL", self.URL)
         program = tmp_path / "psql"
         program.write_text('#!/bin/sh\n[ "$1" = "$WANTED" ] && exit 7\n')

@@ -1,4 +1,4 @@
-"""Opens, runs, tries again, and says how it is."""
+"""`Database`: open, run, retries, health."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -40,7 +40,7 @@ from todo_db.transaction import TransactionPreamble
 
 @pytest.fixture
 def login() -> str:
-    """One is enough where nothing is said of the role."""
+    """One login is enough for tests that do not depend on the role."""
     return LOGIN
 
 
@@ -54,7 +54,7 @@ def empty(todo_postgres: EmbeddedPostgres, todo_database_name: str) -> Iterator[
 
 
 async def backends(connection: Connection) -> int:
-    """How many connections of the package the database has."""
+    """Return how many connections of the package the database has."""
     found = await connection.fetchval(
         "SELECT count(*) FROM pg_stat_activity"
         " WHERE datname = current_database() AND application_name = 'todo_db'"
@@ -63,16 +63,16 @@ async def backends(connection: Connection) -> int:
 
 
 async def until_disconnected(connection: Connection) -> None:
-    """The server notices a little later that a client said goodbye."""
+    """Wait: the server processes Terminate a little after the client sent it."""
     async with asyncio.timeout(5):
         while await backends(connection):  # noqa: ASYNC110  # nothing sets an event
             await asyncio.sleep(0.01)
 
 
 class Refusal:
-    """Makes the server refuse the first inserts of tasks, and counts the tries.
+    """Makes the server refuse the first inserts of tasks, and counts the attempts.
 
-    A sequence counts, because it does not roll back.
+    A sequence counts them, because it is not rolled back.
     """
 
     def __init__(self, owner: Connection) -> None:
@@ -107,7 +107,7 @@ def refusal(owner: Connection) -> Refusal:
 
 
 class Checked(Database):
-    """Counts how often it made sure that users are isolated."""
+    """A Database that counts how often it checked that users are isolated."""
 
     checks = 0
 
@@ -154,7 +154,7 @@ class TestLifetime:
         assert database.checks == 1
         await database.close()
 
-    async def test_close_lets_the_call_under_way_end(self, url: str, superuser: Connection) -> None:
+    async def test_close_waits_for_a_running_call(self, url: str, superuser: Connection) -> None:
         database = Database.from_url(url)
         async with database.transaction("alice") as tx:
             await tx.users.create("alice", email="alice@example.org", name="Alice")
@@ -169,7 +169,7 @@ class TestLifetime:
         def run() -> None:
             async def use() -> None:
                 async with database:
-                    # Enough at once to make somebody wait, which is what binds to a loop.
+                    # Enough calls that some must wait: only waiting binds the pool to the loop.
                     calls = (database.health() for _ in range(5))
                     assert all(health.ok for health in await asyncio.gather(*calls))
 
@@ -191,7 +191,7 @@ class TestLifetime:
     async def test_C8_another_process_is_refused_and_leaves_the_connections_alone(
         self, database: Database, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As after a fork; `test_faults` does it."""
+        """With a changed process id, as after a fork; `test_faults` really forks."""
         with monkeypatch.context() as elsewhere:
             elsewhere.setattr("todo_db.database.os.getpid", lambda: -1)
             with pytest.raises(ConfigurationError, match="fork"):
@@ -217,7 +217,7 @@ class TestLifetime:
 class TestOpen:
     @staticmethod
     async def refusal(url: str) -> str:
-        """Return the name of the error, which all ways in agree on."""
+        """Return the name of the error, which is the same for every way to open."""
         database = Database.from_url(url)
         with pytest.raises(TodoDBError) as opened:
             await database.open()
@@ -244,9 +244,7 @@ class TestOpen:
                 async with Database.from_url(url) as database:
                     assert (await database.health()).ok
 
-    async def test_refuses_a_schema_that_is_not_whole(
-        self, url: str, superuser: Connection
-    ) -> None:
+    async def test_refuses_an_incomplete_schema(self, url: str, superuser: Connection) -> None:
         for damage in (
             "UPDATE alembic_version SET version_num = '0001'",
             "DELETE FROM alembic_version",
@@ -303,7 +301,7 @@ class TestOpen:
                 await database.open()
                 await database.close()
 
-    async def test_refused_one_keeps_its_connections_once_it_is_mended(
+    async def test_refused_one_keeps_its_connections_after_a_repair(
         self, url: str, superuser: Connection
     ) -> None:
         await superuser.execute("UPDATE alembic_version SET version_num = '0001'")
@@ -315,10 +313,10 @@ class TestOpen:
             backends = set[int]()
             for _ in range(3):
                 async with db.transaction("alice") as tx:
-                    backends.add(await tx._driver.fetchval("SELECT pg_backend_pid()"))
+                    backends.add(await tx._gate.driver.fetchval("SELECT pg_backend_pid()"))
         assert len(backends) == 1
 
-    async def test_those_who_waited_for_an_attempt_share_its_failure(self, proxy: Proxy) -> None:
+    async def test_callers_that_waited_for_an_attempt_get_its_error(self, proxy: Proxy) -> None:
         proxy.break_at(STARTUP, Fault.HANG, times=99)
         database = Database.from_url(proxy.url, connect_retry_seconds=0.3)
         failures = await asyncio.gather(
@@ -376,7 +374,7 @@ class TestOpen:
 
 class TestHealth:
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
-    async def test_says_what_it_saw(self, db: Database, superuser: Connection) -> None:
+    async def test_reports_the_state(self, db: Database, superuser: Connection) -> None:
         health = await db.health()
         assert health.ok
         assert health.problem is None
@@ -445,18 +443,20 @@ class TestHealth:
                 assert (health.ok, health.problem) == (False, "CallTimeoutError"), pattern
                 assert not proxy.pending
                 assert database._pool.status.in_use == 0
-                assert (await database.health()).ok
+                # The connection counts until it is known not to recover: 2 s.
+                assert (await database.health(timeout_seconds=5)).ok
         assert (await database_through_proxy.health()).ok
 
     async def test_lost_connection(self, proxy: Proxy) -> None:
-        for pattern in (BEGIN, b"alembic_version"):
+        # What is lost at the BEGIN is not applied, and begun again.
+        for pattern, problem in ((BEGIN, None), (b"alembic_version", "UnavailableError")):
             for fault in (Fault.CUT_BEFORE, Fault.CUT_AFTER):
                 async with Database.from_url(
                     proxy.url, pool_size=1, max_overflow=0, prepared_statements=False
                 ) as database:
                     proxy.break_at(pattern, fault)
                     health = await database.health()
-                    assert (health.ok, health.problem) == (False, "UnavailableError")
+                    assert (health.ok, health.problem) == (problem is None, problem)
                     assert not proxy.pending
                     assert (await database.health()).ok
 
@@ -478,8 +478,9 @@ class TestHealth:
 
     async def test_pool_that_is_exhausted(self, database_through_proxy: Database) -> None:
         async with database_through_proxy.transaction("alice"):
+            asking = asyncio.create_task(database_through_proxy.health(timeout_seconds=0.05))
             async with asyncio.timeout(10):
-                health = await database_through_proxy.health(timeout_seconds=0.05)
+                health = await asking
         assert (health.ok, health.problem) == (False, "CallTimeoutError")
         assert (health.pool.in_use, health.pool.waiting) == (1, 0)
         assert (await database_through_proxy.health()).ok
@@ -493,17 +494,18 @@ class TestHealth:
         asking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asking
-        assert (await database_through_proxy.health()).ok
+        # The connection counts until it is known not to recover: 2 s.
+        assert (await database_through_proxy.health(timeout_seconds=5)).ok
 
 
 class TestRetries:
     async def test_F15_F16_F17_what_was_not_applied_is_tried_again(
         self, db: Database, refusal: Refusal
     ) -> None:
-        for sqlstate in ("40001", "40P01", "55P03"):
-            await refusal.plant(sqlstate, times=2)
+        for sqlstate, times in (("40001", 2), ("40P01", 2), ("55P03", 1)):
+            await refusal.plant(sqlstate, times=times)
             task = await db.tasks.create("alice", sqlstate)
-            assert await refusal.tries() == 3
+            assert await refusal.tries() == times + 1
             assert (await db.tasks.list("alice")).items == (task,)
             await db.tasks.delete("alice", task.id)
 
@@ -541,6 +543,14 @@ class TestRetries:
                 await db.tasks.create("alice", "refused")
             assert await refusal.tries() == 1, sqlstate
         assert await db.tasks.count("alice") == 0
+
+    async def test_E9_lock_that_is_never_free_is_waited_for_twice(
+        self, db: Database, refusal: Refusal
+    ) -> None:
+        await refusal.plant("55P03", times=99)
+        with pytest.raises(CallTimeoutError):
+            await db.tasks.create("alice", "never")
+        assert await refusal.tries() == 2
 
     async def test_F15_lock_timeout(self, db: Database, url: str, owner: Connection) -> None:
         task = await db.tasks.create("alice", "locked")
@@ -594,7 +604,7 @@ class TestRetries:
 
 
 class TestKilledConnections:
-    """Another login of the owner's, because an owner may end its own connections."""
+    """With another login of the owner, because an owner may end its own connections."""
 
     @pytest.fixture
     def login(self) -> str:
@@ -630,9 +640,9 @@ class TestKilledConnections:
             tries += 1
             await tx.tasks.create("alice", f"try {tries}")
             if tries == 1:
-                pid = tx._connection.driver.get_server_pid()
+                pid = tx._gate.connection.driver.get_server_pid()
                 await owner.execute("SELECT pg_terminate_backend($1)", pid)
-                await until(tx._connection.driver.is_closed)
+                await until(tx._gate.connection.driver.is_closed)
 
         await db.run("alice", work)
         assert [task.title for task in (await db.tasks.list("alice")).items] == ["try 2"]
@@ -640,7 +650,7 @@ class TestKilledConnections:
 
 type Outcome = Callable[[Database, int, datetime], Awaitable[object]]
 
-# What each method does when its COMMIT is lost: whether it answers all the same.
+# For each method: whether it still returns a result when its COMMIT is lost.
 ANSWERS: Final[dict[str, Outcome]] = {
     "tasks.count": lambda db, _id, _at: db.tasks.count("alice"),
     "tasks.create with a key": lambda db, _id, _at: db.tasks.create(
@@ -717,7 +727,7 @@ class TestLostCommit:
 
     @staticmethod
     async def contents(owner: Connection) -> dict[str, Any]:
-        """All rows but their moments, to compare what one and two applications would leave."""
+        """Return all rows without timestamps, to compare one and two runs of a call."""
         users = await owner.fetch("SELECT id, name FROM users ORDER BY id")
         tasks = await owner.fetch("SELECT user_id, title, completed FROM tasks ORDER BY id")
         keys = await owner.fetch("SELECT user_id, key, cardinality(task_ids) FROM idempotency_keys")
@@ -741,7 +751,7 @@ class TestLostCommit:
         return task["id"], task["updated_at"]
 
     @pytest.mark.parametrize("fault", [Fault.CUT_BEFORE, Fault.CUT_AFTER])
-    async def test_Z5_is_no_matter_where_the_call_can_be_run_again(
+    async def test_Z5_idempotent_call_is_run_again(
         self, database_through_proxy: Database, proxy: Proxy, owner: Connection, fault: Fault
     ) -> None:
         for name, call in ANSWERS.items():
@@ -754,7 +764,7 @@ class TestLostCommit:
             assert await self.contents(owner) == once, name
 
     @pytest.mark.parametrize("fault", [Fault.CUT_BEFORE, Fault.CUT_AFTER])
-    async def test_Z5_is_raised_where_it_cannot_and_nothing_is_done_twice(
+    async def test_Z5_other_call_is_unknown_and_not_run_twice(
         self, database_through_proxy: Database, proxy: Proxy, owner: Connection, fault: Fault
     ) -> None:
         for name, call in IS_UNKNOWN.items():
@@ -782,7 +792,7 @@ class TestLostCommit:
             assert not proxy.pending
             assert await database_through_proxy.users.get(user) == ensured
 
-    async def test_delete_of_what_never_was_is_still_not_found(
+    async def test_delete_of_a_missing_task_is_still_not_found(
         self, database_through_proxy: Database, proxy: Proxy
     ) -> None:
         proxy.break_at(BEGIN, Fault.CUT_AFTER)
@@ -834,20 +844,17 @@ class TestLostCommit:
         begin = TransactionPreamble.begin
 
         def refused(self: TransactionPreamble, user_id: str, *, read_only: bool) -> str:
-            return begin(self, user_id, read_only=read_only).replace("todo_app", "pg_monitor")
+            sql = begin(self, user_id, read_only=read_only)
+            return sql if proxy.pending else sql.replace("todo_app", "pg_monitor")
 
         async with Database.from_url(
             proxy.url, pool_size=1, max_overflow=0
         ) as database_through_proxy:
             await database_through_proxy.tasks.count("alice")
             proxy.break_at(COMMIT, Fault.CUT_AFTER)
-            call = asyncio.create_task(
-                database_through_proxy.tasks.update("alice", task.id, title="new")
-            )
-            await until(lambda: not proxy.pending)
             monkeypatch.setattr(TransactionPreamble, "begin", refused)
             with pytest.raises(OutcomeUnknownError):
-                await call
+                await database_through_proxy.tasks.update("alice", task.id, title="new")
         assert await owner.fetchval("SELECT title FROM tasks") == "new"
 
     async def test_retries_turned_off(self, db: Database, proxy: Proxy) -> None:

@@ -1,4 +1,4 @@
-"""Everything that the documentation shows is run, and its pages are built without a warning."""
+"""Every example in the documentation runs, and the pages build without a warning."""
 
 import ast
 import inspect
@@ -14,20 +14,33 @@ import pytest
 from driver import Connection
 from typer.main import get_command
 
-from todo_db import Database
+from todo_db import Database, errors, gate
 from todo_db.cli.app import app
 from todo_db.embedded import LOGIN, EmbeddedPostgres
+from todo_db.gate import NEXT as LISTED
+from todo_db.gate import Event, State
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 PAGES: Final = [
     ROOT / "README.md",
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts),
 ]
+# What is not listed there leaves the state as it is.
+NEXT: Final = {
+    (state, event): LISTED.get((state, event), state) for state in State for event in Event
+}
 COMMANDS: Final = getattr(get_command(app), "commands", {})
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def rows(text: str, first: str) -> list[list[str]]:
+    """Return the cells of each row of a table whose first cell begins with this pattern."""
+    found = re.findall(rf"^\| {first}.*\|$", text, re.MULTILINE)
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in found]
+    return [[re.sub(r"^`(\w+)`.*", r"\1", first), *others] for first, *others in cells]
 
 
 def showing(language: str) -> list[object]:
@@ -52,16 +65,20 @@ class TestPython:
         page: Path,
         todo_postgres: EmbeddedPostgres,
         todo_database_name: str,
+        owner: Connection,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        for source in blocks(page, "sql"):
+            if "CREATE TABLE" in source:
+                await owner.execute(source)
         url = todo_postgres.url(user=LOGIN, database=todo_database_name)
         monkeypatch.setenv("DATABASE_URL", url)
         async with Database.from_url(url) as db:
-            # A program of its own is run as such, by test_house.
+            # test_house runs the complete programs.
             shown = [block for block in blocks(page, "python") if "asyncio.run(" not in block]
             if ".users." not in "".join(shown):
                 await db.users.create("alice", email="alice@example.org", name="Alice")
-            # What a page takes for granted: an open database, and the imports of the one before.
+            # Names that a page assumes: an open database, and the imports of the page before.
             names: dict[str, Any] = {"__name__": "shown", "db": db}
             exec("from sqlalchemy import select; from todo_db.models import Task", names)  # noqa: S102
             for source in shown:
@@ -79,7 +96,7 @@ class TestSQL:
     async def test_runs_as_the_owner(self, page: Path, owner: Connection) -> None:
         for source in blocks(page, "sql"):
             statements = re.sub(r"^(BEGIN|ROLLBACK).*;$", "", source, flags=re.MULTILINE)
-            # Roles belong to the whole server of the tests.
+            # Roll back, because roles belong to the whole server of the tests.
             transaction = owner.transaction()
             await transaction.start()
             await owner.execute("SET LOCAL client_min_messages = error")
@@ -106,6 +123,36 @@ class TestShell:
                 r"\b((?:examples|benchmarks|tests)/[\w/]+\.py)", page.read_text()
             ):
                 assert (ROOT / path).is_file(), (page.name, path)
+
+
+class TestTables:
+    def test_states_of_a_transaction_are_those_of_the_code(self) -> None:
+        page = (ROOT / "docs" / "explanation" / "transaction.md").read_text()
+        columns = [State[name.upper()] for name in rows(page, "Event")[0][1:]]
+        shown = {
+            (state, Event[name.upper()]): State[after.upper()]
+            for name, *following in rows(page, "`[A-Z_]+`")
+            for state, after in zip(columns, following, strict=True)
+        }
+        assert shown == NEXT
+
+    def test_states_in_the_docstring_are_those_of_the_code(self) -> None:
+        table = re.search(r"^```\n(.*?)^```$", str(gate.__doc__), re.DOTALL | re.MULTILINE)
+        assert table is not None
+        header, *lines = [re.split(r" {2,}", line) for line in table.group(1).splitlines()]
+        columns = [State[name.upper()] for name in header[1:]]
+        shown = {
+            (state, event): State[after.upper()]
+            for event, (_, *following) in zip(Event, lines, strict=True)
+            for state, after in zip(columns, following, strict=True)
+        }
+        assert shown == NEXT
+
+    def test_errors_of_sqlstates_are_those_of_the_code(self) -> None:
+        page = (ROOT / "docs" / "reference" / "errors.md").read_text()
+        shown = {code: kind.strip("`") for code, kind, *_ in rows(page, "`[0-9A-Z]{2,5}`")}
+        made = {code: type(make()).__name__ for code, make in errors._BY_SQLSTATE.items()}
+        assert shown == made | dict.fromkeys(errors._INVALID_VALUES, "InvalidInputError")
 
 
 class TestPages:

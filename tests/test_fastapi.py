@@ -1,4 +1,4 @@
-"""What requests get: `web` runs the applications that the tests make."""
+"""Responses of FastAPI applications, which `web` runs."""
 
 import asyncio
 import json
@@ -68,7 +68,7 @@ MARKER: Final = "hunter2zebra"
 type Json = dict[str, Any]
 type Make = Callable[[], TodoDBError]
 
-# The status, what else the body says, and what else the headers say.
+# The status, and additional members of the body and headers.
 _ANSWERS: Final[dict[type[TodoDBError], tuple[int, Json, Json]]] = {
     TodoDBError: (500, {}, {}),
     ConfigurationError: (500, {}, {}),
@@ -125,7 +125,7 @@ def made(kind: type[TodoDBError]) -> TodoDBError:
 
 
 async def answer(error: Exception) -> httpx.Response:
-    """Return what becomes of an error in a handler."""
+    """Return the response to an error in a handler."""
     app = FastAPI()
     install(app)
 
@@ -138,7 +138,7 @@ async def answer(error: Exception) -> httpx.Response:
 
 
 def problem(response: httpx.Response) -> Json:
-    """Return what an answer says besides its type, title and status, which must fit it."""
+    """Return the additional members of a problem; check its type, title and status."""
     assert response.headers["content-type"] == "application/problem+json"
     body: Json = response.json()
     assert body.pop("type") == "about:blank"
@@ -148,7 +148,7 @@ def problem(response: httpx.Response) -> Json:
 
 
 def service(url: str, **changes: Any) -> FastAPI:  # noqa: ANN401  # Settings checks them
-    """Make a small application on a database, in which the header `X-User` signs in."""
+    """Return a small application on a database, in which the header `X-User` signs in."""
     given: Json = {"better_auth_secret": SECRET, "better_auth_url": URL, "database_url": url}
     app = FastAPI(lifespan=lifespan(Settings(**(given | changes))))
     install(app)
@@ -198,7 +198,7 @@ async def by_header(x_user: Annotated[str, Header()]) -> str:
 
 
 def with_users(app: FastAPI) -> FastAPI:
-    """Sign in by the header `X-User`, as another way to sign in would."""
+    """Override the authentication: the header `X-User` contains the user id."""
     app.dependency_overrides[current_user_id] = by_header
     return app
 
@@ -209,7 +209,7 @@ def as_user(user: str) -> dict[str, str]:
 
 @pytest_asyncio.fixture
 async def alice(db: Database, owner: Connection) -> dict[str, str]:  # noqa: ARG001  # has alice
-    """The headers of alice, who is signed in."""
+    """The headers of alice's session."""
     return dict(cookie_header(await add_session(owner, "alice")))
 
 
@@ -219,7 +219,7 @@ def cookie_header(token: str) -> dict[str, str]:
 
 @pytest_asyncio.fixture
 async def signed_in(url: str, db: Database) -> AsyncGenerator[httpx.AsyncClient]:  # noqa: ARG001  # has alice and bob
-    """A client of the small application, with `X-User` for whoever it says."""
+    """A client of the small application, which authenticates by `X-User`."""
     async with client(with_users(service(url))) as asking:
         yield asking
 
@@ -236,7 +236,7 @@ class TestErrors:
         usual = {"content-type", "content-length"}
         assert {k: v for k, v in response.headers.items() if k not in usual} == headers
         Problem.model_validate(response.json() | {"extra": None})
-        # An operator must see what is a fault of the service.
+        # The log must show faults of the service.
         assert [record.levelname for record in caplog.records if record.name == "todo_db"] == (
             ["ERROR"] if status == 500 else []
         )
@@ -245,7 +245,7 @@ class TestErrors:
         assert set(_ANSWERS) == set(kinds())
 
     @pytest.mark.parametrize("kind", [ConfigurationError, IsolationError, SchemaError, TodoDBError])
-    async def test_of_the_service_tell_only_the_operator(
+    async def test_of_the_service_are_only_logged(
         self, kind: type[TodoDBError], caplog: pytest.LogCaptureFixture
     ) -> None:
         response = await answer(kind("what the operator must know"))
@@ -255,9 +255,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("seconds", "header"), [(0.0, "1"), (0.2, "1"), (1.0, "1"), (1.5, "2"), (5.0, "5")]
     )
-    async def test_say_in_whole_seconds_when_to_come_again(
-        self, seconds: float, header: str
-    ) -> None:
+    async def test_have_retry_after_in_whole_seconds(self, seconds: float, header: str) -> None:
         response = await answer(UnavailableError(retry_after=seconds))
         assert response.headers["retry-after"] == header
 
@@ -267,10 +265,10 @@ class TestErrors:
 
         response = await answer(OddError("which one"))
         assert (response.status_code, problem(response)) == (404, {})
-        # Or `kinds` would know it.
+        # Otherwise `kinds` would include it.
         del OddError
 
-    async def test_of_the_programmer_tell_nothing(self) -> None:
+    async def test_of_the_programmer_reveal_nothing(self) -> None:
         app = FastAPI()
         install(app)
 
@@ -286,7 +284,7 @@ class TestErrors:
 
     def test_are_documented(self) -> None:
         ours = {status for status, _, _ in _ANSWERS.values()} - {500}
-        # FastAPI's own answer to a body that is not UTF-8.
+        # FastAPI's own response to a body that is not UTF-8.
         assert set(PROBLEMS) == ours | {400}
         for responses in PROBLEMS.values():
             assert set(responses["content"]) == {"application/problem+json"}
@@ -350,7 +348,7 @@ class Strict(BaseModel):
 
 
 def strict() -> FastAPI:
-    """Make an application that is particular about each part of a request."""
+    """Return an application that validates each part of a request."""
     app = FastAPI()
     install(app)
 
@@ -375,7 +373,7 @@ _REQUESTS: Final[dict[str, Callable[[httpx.AsyncClient], Any]]] = {
     ),
     "body of another type": lambda asking: asking.post("/1", data={"count": MARKER}),
     "field": lambda asking: asking.post("/1", json={"count": MARKER}),
-    "field nobody knows": lambda asking: asking.post("/1", json={MARKER: 1}),
+    "unknown field": lambda asking: asking.post("/1", json={MARKER: 1}),
     "key of a mapping": lambda asking: asking.post("/1", json={"counts": {MARKER: "x"}}),
     "tag of a union": lambda asking: asking.post("/1", json={"pet": {"kind": MARKER}}),
 }
@@ -416,7 +414,7 @@ class TestValidation:
 
 
 def versioned() -> FastAPI:
-    """Make an application that says what it understood."""
+    """Return an application that returns the parsed header."""
     app = FastAPI()
     install(app)
 
@@ -474,7 +472,7 @@ class TestIfMatch:
             datetime(2026, 2, 28, 12, 34, 56, 789_012, tzinfo=UTC),
         ],
     )
-    async def test_of_an_etag_is_its_moment(self, moment: datetime) -> None:
+    async def test_of_an_etag_is_its_timestamp(self, moment: datetime) -> None:
         task = TaskRecord(1, "alice", "x", None, False, moment, moment)  # noqa: FBT003  # as rows come
         async with client(versioned()) as asking:
             response = await asking.get("/", headers={"If-Match": etag(task)})
@@ -499,7 +497,7 @@ class TestIfMatch:
 
 
 class TestCurrentUserId:
-    async def test_is_whose_session_it_is(
+    async def test_is_the_user_of_the_session(
         self, url: str, alice: dict[str, str], owner: Connection
     ) -> None:
         bob = bearer(await add_session(owner, "bob")).authorization or ""
@@ -513,7 +511,7 @@ class TestCurrentUserId:
                 assert (response.status_code, problem(response)) == (401, {})
                 assert response.headers["www-authenticate"] == "Bearer"
 
-    async def test_is_asked_before_the_rest_is_looked_at(self, url: str) -> None:
+    async def test_is_checked_before_the_rest_of_the_request(self, url: str) -> None:
         async with client(service(url)) as asking:
             for ask in (
                 asking.get("/tasks/junk"),
@@ -552,7 +550,7 @@ class TestCurrentUserId:
 
 
 class TestPathUserId:
-    async def test_is_the_user_or_nobody(self, signed_in: httpx.AsyncClient) -> None:
+    async def test_is_the_current_user_or_404(self, signed_in: httpx.AsyncClient) -> None:
         task = (await signed_in.post("/tasks?title=x", headers=as_user("bob"))).json()["id"]
         good = await signed_in.get(f"/api/bob/tasks/{task}", headers=as_user("bob"))
         assert good.json()["title"] == "x"
@@ -560,9 +558,9 @@ class TestPathUserId:
         missing = await signed_in.get("/tasks/999999", headers=as_user("alice"))
         assert missing.status_code == 404
         for path in (
-            *(f"/api/bob/tasks/{task}", "/api/bob/tasks/999999", "/api/nobody/tasks/1"),
+            *(f"/api/bob/tasks/{task}", "/api/bob/tasks/999999", "/api/missing/tasks/1"),
             *(f"/api/BOB/tasks/{task}", f"/api/%00/tasks/{task}", f"/api/bob%20/tasks/{task}"),
-            # Nor is a task of one's own under another's name.
+            # The user's own task under another user's path is not found either.
             *(f"/api/alice/tasks/{task}", f"/api/bob/tasks/{alices}"),
         ):
             other = await signed_in.get(path, headers=as_user("alice"))
@@ -609,11 +607,11 @@ class TestForeignTasks:
 
 
 class TestHealth:
-    async def test_is_well(self, signed_in: httpx.AsyncClient) -> None:
+    async def test_is_200(self, signed_in: httpx.AsyncClient) -> None:
         response = await signed_in.get("/health")
         assert (response.status_code, response.json()) == (200, {"ok": True, "problem": None})
 
-    async def test_is_not_well_before_a_migration(
+    async def test_is_503_before_a_migration(
         self, signed_in: httpx.AsyncClient, owner: Connection
     ) -> None:
         await owner.execute("UPDATE alembic_version SET version_num = '0001'")
@@ -621,7 +619,7 @@ class TestHealth:
         expected = {"ok": False, "problem": "SchemaError"}
         assert (response.status_code, response.json()) == (503, expected)
 
-    async def test_is_not_well_without_a_database(self, proxy: Proxy) -> None:
+    async def test_is_503_without_a_database(self, proxy: Proxy) -> None:
         async with client(service(proxy.url, retry_attempts=1)) as asking:
             proxy.break_at(BEGIN, Fault.CUT_BEFORE)
             response = await asking.get("/health")
@@ -635,7 +633,7 @@ class TestUnavailable:
         headers = cookie_header(await add_session(owner, "alice"))
         async with client(service(proxy.url, retry_attempts=1)) as asking:
             proxy.break_at(BEGIN, Fault.CUT_BEFORE)
-            # Not 401: the credential was not looked at.
+            # Not 401, because the credential was not checked.
             response = await asking.get("/me", headers=headers)
             assert response.status_code == 503
             assert int(response.headers["retry-after"]) >= 1
@@ -676,11 +674,11 @@ class TestServer:
             assert {response.status_code for response in both} == {200}
             assert await backends(owner) > 1
         async with asyncio.timeout(20):
-            # A server takes a moment to see that its client has left.
+            # The server notices a closed connection with a delay.
             while await backends(owner):
                 pass
 
-    async def test_does_not_start_on_what_is_not_migrated(
+    async def test_does_not_start_on_a_database_that_is_not_migrated(
         self, url: str, owner: Connection
     ) -> None:
         await owner.execute("UPDATE alembic_version SET version_num = '0001'")
@@ -713,7 +711,7 @@ class TestServer:
             async with asyncio.timeout(20):
                 while (await asking.get("/pool")).json() != [0, 0]:
                     pass
-            # It was sent, and so it was done.
+            # The request was sent, so it was applied.
             assert (await asking.get(f"/tasks/{task.id}")).json()["completed"] is True
 
     @pytest.mark.parametrize("status", [204, 304, 404, 412, 500])
@@ -745,7 +743,7 @@ class TestServer:
 
 
 async def backends(owner: Connection) -> int:
-    """Count the connections to the test's database, but for the owner's own."""
+    """Count the connections to the test's database, without the owner's."""
     number = await owner.fetchval(
         "SELECT count(*) FROM pg_stat_activity"
         " WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -767,7 +765,7 @@ class TestIdempotencyKey:
 
 
 class TestState:
-    async def test_is_no_other_applications(self, url: str, db: Database) -> None:  # noqa: ARG002  # has alice
+    async def test_is_separate_for_each_application(self, url: str, db: Database) -> None:  # noqa: ARG002  # has alice
         async def database_of(request: Request) -> list[int]:
             return [id(request.state.todo_database)]
 

@@ -1,4 +1,4 @@
-"""The example of the README, asked as its clients would and as they would not."""
+"""The example API, with valid and invalid requests."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -61,7 +61,7 @@ def configured(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """The environment that the example reads when it starts."""
+    """Set the environment that the example reads when it starts."""
     monkeypatch.chdir(tmp_path)
     url = todo_postgres.url(user=LOGIN, database=todo_database_name)
     for name, value in {
@@ -84,7 +84,7 @@ async def anyone(configured: None) -> AsyncGenerator[httpx.AsyncClient]:  # noqa
 
 
 class Person:
-    """A client with somebody's session."""
+    """A client with the session of a user."""
 
     def __init__(self, asking: httpx.AsyncClient, headers: dict[str, str]) -> None:
         self._asking = asking
@@ -97,7 +97,7 @@ class Person:
         if json is None:
             return await self._asking.request(method, path, headers=sent)
         sent["Content-Type"] = "application/json"
-        # In ASCII, unlike what httpx makes of it, which refuses a lone surrogate.
+        # In ASCII, because httpx's own encoding refuses a lone surrogate.
         content = dumps(json)
         return await self._asking.request(method, path, headers=sent, content=content)
 
@@ -131,13 +131,13 @@ def code(response: httpx.Response) -> tuple[int, str | None]:
 
 
 class TestMe:
-    async def test_is_who_asks(self, alice: Person, mallory: Person) -> None:
+    async def test_is_the_signed_in_user(self, alice: Person, mallory: Person) -> None:
         assert (await alice.ask("GET", "/api/me")).json()["email"] == "alice@example.org"
         assert (await mallory.ask("GET", "/api/me")).json()["id"] == "mallory"
 
     async def test_is_gone_with_the_user(self, alice: Person, owner: Connection) -> None:
         await owner.execute("DELETE FROM users")
-        # With the user goes the session.
+        # Deleting the user deletes the session.
         assert code(await alice.ask("GET", "/api/me")) == (401, None)
 
 
@@ -188,7 +188,7 @@ class TestTasks:
         assert await alice.titles() == ["once"]
         reused = await alice.ask("POST", "/api/tasks", key, json={"title": "other"})
         assert code(reused) == (409, "IdempotencyKeyReusedError")
-        # Keys are each user's own.
+        # Each user has their own keys.
         own = await mallory.ask("POST", "/api/tasks", key, json={"title": "other"})
         assert own.status_code == 201
 
@@ -226,7 +226,7 @@ class TestTasks:
         assert (gone.status_code, gone.content) == (204, b"")
         assert code(await alice.ask("DELETE", path)) == (404, None)
 
-    async def test_are_deleted_when_completed_and_only_if_it_is_said(
+    async def test_are_deleted_when_completed_and_only_if_requested(
         self, alice: Person, mallory: Person
     ) -> None:
         for who in (alice, mallory):
@@ -240,7 +240,7 @@ class TestTasks:
         assert await alice.titles() == ["open"]
         assert await mallory.titles() == ["open", "done"]
 
-    async def test_of_alice_are_not_there_for_mallory(self, alice: Person, mallory: Person) -> None:
+    async def test_of_alice_are_404_for_mallory(self, alice: Person, mallory: Person) -> None:
         task = await alice.has("secret")
         requests: list[tuple[str, str, Json | None]] = [
             ("GET", "/api/tasks/{}", None),
@@ -284,7 +284,7 @@ class TestTasks:
     async def test_body_may_hold_the_longest_description_and_not_much_more(
         self, alice: Person
     ) -> None:
-        # Escaped in full, a character beyond the basic plane is twelve bytes.
+        # A character beyond the basic plane, fully escaped, has twelve bytes.
         body = {"title": "x", "description": "😀" * 65_536}
         assert (await alice.ask("POST", "/api/tasks", json=body)).status_code == 201
         too_long = await alice.ask("POST", "/api/tasks", json={"title": "x" * 2**20})
@@ -343,7 +343,7 @@ class TestPages:
 
 
 class TestCredentials:
-    async def test_all_that_are_good_are_believed(
+    async def test_valid_ones_are_accepted(
         self, anyone: httpx.AsyncClient, owner: Connection
     ) -> None:
         await add_user(owner, "alice")
@@ -351,7 +351,7 @@ class TestCredentials:
             response = await anyone.get("/api/me", headers=credential.headers)
             assert (name, response.json().get("id")) == (name, "alice")
 
-    async def test_all_that_are_not_get_the_same_401(
+    async def test_invalid_ones_get_the_same_401(
         self, anyone: httpx.AsyncClient, owner: Connection
     ) -> None:
         await add_user(owner, "alice")
@@ -383,7 +383,7 @@ class TestCredentials:
     ) -> None:
         await add_user(owner, "alice")
         (name, value), *_ = accepted(await issue(owner))["cookie"].headers
-        # As HTTP/2 may send them: RFC 9113, section 8.2.3.
+        # HTTP/2 may split cookies like this: RFC 9113, section 8.2.3.
         response = await anyone.get("/api/me", headers=[(name, b"theme=dark"), (name, value)])
         assert response.json().get("id") == "alice"
 
@@ -424,7 +424,7 @@ class TestOpenAPI:
 def _examine(
     operation: APIOperation[Any, Any, Any, Any], at: str, headers: dict[str, str], task_id: int
 ) -> set[int]:
-    """Ask as the documentation allows, and as it does not; return the statuses seen."""
+    """Send valid and invalid requests; return the statuses of the responses."""
     seen = set[int]()
     known = {"task_id": task_id} if "{task_id}" in operation.path else None
 

@@ -1,4 +1,4 @@
-"""The full-stack example as its reader meets it: one command, and a browser."""
+"""The full-stack example, started with its documented command and used in a browser."""
 
 import re
 import shutil
@@ -38,7 +38,7 @@ _CHROMIUM: Final = (
 
 @contextmanager
 def started(data: Path, *arguments: str) -> Generator[str]:
-    """Start the application as its README says; lend its address, and end it by Ctrl-C."""
+    """Start the application as in its README; yield its URL, and end it with Ctrl-C."""
     process = subprocess.Popen(
         [sys.executable, START, "--data", data, *arguments], stdout=subprocess.PIPE, text=True
     )
@@ -93,7 +93,7 @@ async def chromium() -> AsyncGenerator[Browser]:
 
 
 class Person:
-    """Somebody in front of the page, in a browser that knows nothing of the others."""
+    """A user of the page, in a separate browser context."""
 
     def __init__(self, browser: Browser, address: str, name: str) -> None:
         self._browser = browser
@@ -111,11 +111,11 @@ class Person:
         await self._preamble.close()
 
     async def open(self) -> None:
-        """Open the page, in a window of its own."""
+        """Open the page in a new tab."""
         self.page = await self._preamble.new_page()
         self.page.set_default_timeout(10_000)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        # What a server refused is no fault of the page.
+        # The browser also logs refused requests, which are not errors of the page.
         self.page.on(
             "console",
             lambda message: (
@@ -138,7 +138,7 @@ class Person:
         await self.page.get_by_role("button", name=name, exact=True).click()
 
     def field(self, label: str) -> Locator:
-        """Return the one that is shown: dialogs and other tasks have fields of the same name."""
+        """Return the visible field: dialogs and other tasks have fields of the same name."""
         return self.page.locator("input:visible, textarea:visible").and_(
             self.page.get_by_label(label)
         )
@@ -176,7 +176,7 @@ class Person:
         await self.press("Delete it")
 
     async def fetch(self, path: str) -> tuple[int, str]:
-        """Ask by hand what the page would not."""
+        """Send a request that the page does not send."""
         status, text = await self.page.evaluate(
             "path => fetch(path).then(async answer => [answer.status, await answer.text()])", path
         )
@@ -188,7 +188,7 @@ async def alice(chromium: Browser, address: str) -> AsyncGenerator[Person]:
     async with Person(chromium, address, "Alice") as alice:
         await alice.sign_up()
         yield alice
-        # The next test begins without her.
+        # The next test starts without her account.
         if await alice.page.locator("#tasks").is_visible():
             await alice.delete_account()
             await expect(alice.page.locator("#door")).to_be_visible()
@@ -237,7 +237,7 @@ class TestPage:
         await alice.edit("Buy milk", "Buy oat milk")
         await expect(alice.titles.nth(1)).to_have_text("Buy oat milk")
 
-        # bob sees none of it, and is told of it what he is told of what nobody has.
+        # bob sees no task of alice, and gets the same answer as for a task that does not exist.
         await expect(bob.page.get_by_text("Nothing to show.")).to_be_visible()
         task_id = await administrator.fetchval("SELECT max(id) FROM tasks")
         assert await bob.fetch(f"/api/tasks/{task_id}") == await bob.fetch("/api/tasks/999999")
@@ -251,7 +251,7 @@ class TestPage:
         await alice.press("Delete all that is done")
         await expect(alice.titles).to_have_text(["Buy oat milk"])
 
-        # Signed out, the page shows nothing of hers; signed in again, all of it.
+        # After a sign-out the page shows no task; after the next sign-in, all of them.
         await alice.press("Sign out")
         await expect(alice.page.locator("#door")).to_be_visible()
         assert "milk" not in await alice.page.content()
@@ -270,7 +270,7 @@ class TestPage:
         assert await tables_that_name(administrator, *hers) == set()
         await expect(bob.titles).to_have_text(["his own"])
 
-    async def test_shows_more_by_and_by(self, alice: Person) -> None:
+    async def test_loads_more_pages(self, alice: Person) -> None:
         for number in range(23):
             await alice.add(f"Task {number}")
         await alice.page.reload()
@@ -286,9 +286,7 @@ class TestPage:
         assert await alice.page.locator("#list :is(img, b, script)").count() == 0
         assert await alice.page.title() == "Tasks"
 
-    async def test_says_what_was_wrong(
-        self, alice: Person, chromium: Browser, address: str
-    ) -> None:
+    async def test_shows_errors(self, alice: Person, chromium: Browser, address: str) -> None:
         await alice.fill("New task", "   ")
         await alice.press("Add")
         await expect(alice.alert).to_contain_text("blank")
@@ -378,7 +376,7 @@ class TestServer:
             for path in ("/server.mjs", "/auth.mjs", "/package.json", "/%2e%2e/server.mjs"):
                 assert (await client.get(path)).status_code == 404
 
-    async def test_passes_no_request_of_another_page_on(self, address: str) -> None:
+    async def test_forwards_no_request_of_another_page(self, address: str) -> None:
         async with browser(address) as client:
             for site, status in (("same-site", 403), ("cross-site", 403), ("same-origin", 401)):
                 headers = {"sec-fetch-site": site}
@@ -402,7 +400,7 @@ class TestServer:
 
 
 class TestStart:
-    async def test_finds_everything_again(self, folder: Path) -> None:
+    async def test_keeps_its_data(self, folder: Path) -> None:
         data, port = folder / "postgres", free_port()
         with started(data, "--port", str(port)) as address:
             assert address == f"http://127.0.0.1:{port}"
@@ -410,7 +408,7 @@ class TestStart:
                 body = {"name": "Alice", "email": "alice@example.org", "password": PASSWORD}
                 await ask(alice, "sign-up/email", body)
                 await alice.post("/api/tasks", json={"title": "Buy milk"})
-        # Ctrl-C has ended all of it, PostgreSQL too.
+        # Ctrl-C has ended every process, also PostgreSQL.
         with pytest.raises(httpx.ConnectError):
             await titles(address, alice.cookies)
         assert not (data / "postmaster.pid").exists()

@@ -1,4 +1,4 @@
-"""A call with an idempotency key is done once, however often it is made."""
+"""A call with an idempotency key is applied once, even if it is repeated."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -37,10 +37,10 @@ type Answer = TaskRecord | list[TaskRecord]
 type Asked = tuple[str, list[NewTask]]
 type Keyed = Callable[[Database | Transaction, str], Awaitable[Answer]]
 
-PREY: Final = Victim([], {})
+VICTIM: Final = Victim([], {})
 PATIENCE: Final = 30
 
-# Both methods that take a key, as calls of alice's with that key.
+# Both methods that take a key, as calls of alice with that key.
 METHODS: Final[dict[str, tuple[int, Keyed]]] = {
     "create": (1, lambda to, key: to.tasks.create("alice", "x", idempotency_key=key)),
     "create_many": (
@@ -54,7 +54,7 @@ both_logins = pytest.mark.parametrize("login", [LOGIN, OWNER])
 
 @pytest.fixture
 def login() -> str:
-    """One is enough where nothing is said of the role."""
+    """One login is enough for tests that do not depend on the role."""
     return LOGIN
 
 
@@ -81,10 +81,10 @@ class TestAnswer:
 
     @both_logins
     async def test_of_the_same_call_is_the_first_one(self, db: Database, owner: Connection) -> None:
-        await keys.first_answer_is_kept(db, owner, PREY)
+        await keys.first_answer_is_kept(db, owner, VICTIM)
 
     @both
-    async def test_is_the_first_one_whatever_became_of_the_tasks(
+    async def test_is_the_first_one_after_changes_and_deletions(
         self, db: Database, owner: Connection, number: int, call: Keyed
     ) -> None:
         first = await call(db, "key")
@@ -137,7 +137,7 @@ def fingerprint(method: str, *new: NewTask) -> object:
 
 
 ONE: Final = NewTask("a", "b")
-# Pairs of calls that differ in one argument, and what is easily taken for it.
+# Pairs of calls that differ in one argument, also in ways that are easy to confuse.
 DIFFERENT: Final[dict[str, tuple[Asked, Asked]]] = {
     "title": (("create", [ONE]), ("create", [replace(ONE, title="A")])),
     "space in the title": (("create", [ONE]), ("create", [replace(ONE, title="a ")])),
@@ -172,7 +172,7 @@ DIFFERENT: Final[dict[str, tuple[Asked, Asked]]] = {
     "escaped character": (("create", [NewTask("a\n")]), ("create", [NewTask("a\\n")])),
     "escaped code point": (("create", [NewTask("é")]), ("create", [NewTask("\\u00e9")])),
 }
-# Few texts, of what would matter in a text around them, so that many are nearly the same.
+# A few texts with JSON's special characters, so that many combinations are similar.
 texts = st.text('a\\"[],\n:nul\u00e9', min_size=1, max_size=3)
 methods = st.sampled_from(["create", "create_many"])
 new_tasks = st.lists(st.builds(NewTask, texts, st.none() | texts, st.booleans()), max_size=3)
@@ -193,7 +193,7 @@ class TestFingerprint:
 
     @settings(deadline=None, database=None)
     @given(new_tasks, new_tasks, new_tasks)
-    def test_says_where_one_task_ends(
+    def test_separates_the_tasks(
         self, first: list[NewTask], second: list[NewTask], third: list[NewTask]
     ) -> None:
         one = fingerprint("create_many", *first, *second)
@@ -202,8 +202,8 @@ class TestFingerprint:
     def test_has_the_length_that_the_table_demands(self) -> None:
         assert len(str(fingerprint("create", ONE))) == 64
 
-    def test_stays_what_it_is_because_it_is_stored(self) -> None:
-        """Another one would refuse every call that is repeated across a deploy."""
+    def test_does_not_change_between_versions(self) -> None:
+        """A changed fingerprint would refuse every call that is repeated after a deployment."""
         assert fingerprint("create_many", NewTask("Käse"), NewTask("b", "c", completed=True)) == (
             "906c128ce3fc4737ea725c0256b5e87fbb032d1fe050403602e13c46c6b5dcb2"
         )
@@ -229,7 +229,7 @@ async def make(
 class TestReusedKey:
     @both_logins
     async def test_is_refused_and_nothing_is_stored(self, db: Database, owner: Connection) -> None:
-        await keys.other_arguments_are_refused(db, owner, PREY)
+        await keys.other_arguments_are_refused(db, owner, VICTIM)
 
     async def test_is_refused_with_any_other_argument(
         self, db: Database, owner: Connection
@@ -241,7 +241,7 @@ class TestReusedKey:
             assert await make(db, name, *one) == first, name
             assert await stored(owner) == before, name
 
-    async def test_says_neither_key_nor_argument(self, db: Database) -> None:
+    async def test_contains_neither_key_nor_argument(self, db: Database) -> None:
         await db.tasks.create("alice", "swordfish", idempotency_key="swordfish")
         with pytest.raises(IdempotencyKeyReusedError) as caught:
             await db.tasks.create("alice", "swordfish 2", idempotency_key="swordfish")
@@ -276,13 +276,13 @@ class TestKey:
         assert again == created
 
     async def test_can_be_as_long_as_allowed_for_the_longest_user_id(self, db: Database) -> None:
-        # Of such as do not compress: a row of an index holds 2,704 bytes.
+        # Characters that do not compress: an index row holds 2,704 bytes.
         longest = "".join(chr(0x10000 + n * 3571) for n in range(255))
         await db.users.create(longest, email="longest@example.org", name="")
         first = await db.tasks.create(longest, "x", idempotency_key=longest[::-1])
         assert await db.tasks.create(longest, "x", idempotency_key=longest[::-1]) == first
 
-    async def test_that_is_unfit_costs_no_statement(
+    async def test_that_is_invalid_sends_no_statement(
         self, database_through_proxy: Database, proxy: Proxy
     ) -> None:
         async def refused() -> None:
@@ -374,7 +374,7 @@ class TestAtOnce:
 
     @both_logins
     async def test_second_call_tries_again_by_itself(self, db: Database, owner: Connection) -> None:
-        await keys.second_call_finds_the_first(db, owner, PREY)
+        await keys.second_call_finds_the_first(db, owner, VICTIM)
 
     @both
     async def test_second_call_has_the_answer_of_the_first(
@@ -388,7 +388,7 @@ class TestAtOnce:
         assert await stored(owner) == (number, 1)
 
     @both
-    async def test_second_call_is_the_first_if_that_is_undone(
+    async def test_second_call_stores_if_the_first_is_rolled_back(
         self, db: Database, owner: Connection, number: int, call: Keyed
     ) -> None:
         second = None
@@ -427,7 +427,7 @@ class TestAtOnce:
             one, other = await asyncio.gather(
                 db.run("alice", crossing("1", "2")), db.run("alice", crossing("2", "1"))
             )
-        # The one that was undone may come back before the other one has committed.
+        # The retry of the aborted call may start before the other one has committed.
         assert tries >= 3
         assert one == other
         assert await stored(owner) == (2, 2)
@@ -436,7 +436,7 @@ class TestAtOnce:
         first = await db.tasks.create("alice", "x", idempotency_key="key")
         async with owner.transaction():
             await owner.execute("DELETE FROM idempotency_keys")
-            # Not committed, so it is known; nobody waits.
+            # The purge is not committed, so the key is found, and no call waits.
             assert await db.tasks.create("alice", "x", idempotency_key="key") == first
         assert (await db.tasks.create("alice", "x", idempotency_key="key")).id > first.id
 
@@ -444,7 +444,7 @@ class TestAtOnce:
 class TestLostConnection:
     @both_logins
     async def test_Z5_lost_commit_is_resolved(self, db: Database, owner: Connection) -> None:
-        await keys.lost_commit_is_resolved(db, owner, PREY)
+        await keys.lost_commit_is_resolved(db, owner, VICTIM)
 
     @both
     async def test_Z5_wherever_it_is_lost_it_is_stored_once(
@@ -457,7 +457,7 @@ class TestLostConnection:
     ) -> None:
         for time, (pattern, fault) in enumerate(breaks()):
             key = f"key {time}"
-            # In the values of the statement, whether or not it was prepared before.
+            # The key is among the values of the statement, prepared or not.
             proxy.break_at(pattern or key.encode(), fault)
             async with asyncio.timeout(PATIENCE):
                 answer = await call(database_through_proxy, key)
@@ -507,7 +507,7 @@ class TestLostConnection:
         self, db: Database, owner: Connection
     ) -> None:
         async with owner.transaction():
-            # The tasks are inserted by now, the key is not.
+            # The tasks are inserted now, the key is not.
             await owner.execute("LOCK idempotency_keys IN EXCLUSIVE MODE")
             call = asyncio.ensure_future(db.tasks.create("alice", "x", idempotency_key="key"))
             await until_waiting(owner)
@@ -527,13 +527,13 @@ class TestLostConnection:
             async with database_through_proxy.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost", idempotency_key="key")
                 await proxy.cut()
-                await until(tx._connection.driver.is_closed)
+                await until(tx._gate.connection.driver.is_closed)
         async with asyncio.timeout(PATIENCE):
             task = await db.tasks.create("alice", "kept", idempotency_key="key")
         assert [found async for found in db.tasks.iterate("alice")] == [task]
         assert await stored(owner) == (1, 1)
 
-    async def test_cancelled_call_is_done_or_not_and_the_next_one_knows(
+    async def test_cancelled_call_is_resolved_by_the_next_one(
         self, db: Database, owner: Connection
     ) -> None:
         async with owner.transaction():
@@ -550,7 +550,7 @@ class TestLostConnection:
 
 
 def breaks() -> Iterator[tuple[bytes | None, Fault]]:
-    """Yield every place on the way of a call, and whether the server still got the message."""
+    """Yield each point of a call to break it, and whether the server gets the message."""
     for pattern in (BEGIN, None, COMMIT):
         for fault in (Fault.CUT_BEFORE, Fault.CUT_AFTER):
             yield pattern, fault
@@ -636,7 +636,7 @@ class TestInATransaction:
 
     @both_logins
     async def test_lost_race_leaves_it_usable(self, db: Database, owner: Connection) -> None:
-        await keys.lost_race_leaves_a_transaction_usable(db, owner, PREY)
+        await keys.lost_race_leaves_a_transaction_usable(db, owner, VICTIM)
 
     async def test_lost_race_says_that_it_may_be_tried_again(
         self, db: Database, owner: Connection

@@ -1,4 +1,4 @@
-"""Bad input is refused before any SQL, by the name of its field and without its value."""
+"""Bad input is refused before any SQL; the error has the field's name and not its value."""
 
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterator
 from datetime import UTC, date, datetime, timedelta, timezone
@@ -33,7 +33,7 @@ from todo_db.inputs import BATCH_MAX
 from todo_db.pagination import decode
 from todo_db.repositories import Operation
 
-# Ids are those of the catalogue of bad input in the reliability facts.
+# The ids number the known kinds of bad input.
 NOT_TEXT: dict[str, object] = {
     "I16 int": 5_318_008,
     "I17 bytes": b"swordfish",
@@ -232,7 +232,7 @@ async def exhausted(items: AsyncIterable[object]) -> None:
 
 type Method = Callable[[TaskRepository, UserRepository, Any], Awaitable[object]]
 
-# Every way in by which a value of the field reaches a repository.
+# For each field, every method and argument through which a value reaches a repository.
 METHODS: dict[str, dict[str, Method]] = {
     "user_id": {
         "tasks.create": lambda tasks, _, bad: tasks.create(bad, "x"),
@@ -345,11 +345,11 @@ METHODS: dict[str, dict[str, Method]] = {
 
 
 class ReachedError(Exception):
-    """A call got through to the executor."""
+    """A call reached the executor."""
 
 
 class Recorder:
-    """An executor that nothing may reach."""
+    """An executor that raises an error when a call reaches it."""
 
     def __init__(self) -> None:
         self.performed: list[tuple[str, object]] = []
@@ -371,7 +371,7 @@ def assert_names_the_field_only(error: InvalidInputError, field: str, value: obj
     assert str(error) == f"{field}: {error.requirement}"
     assert error.__cause__ is None
     assert error.__context__ is None
-    # What is shorter may be part of a word.
+    # A shorter value may occur by chance in the message.
     if len(text := str(value).strip()[:40]) > 3:
         assert text not in f"{error} {error!r} {error.args} {vars(error)}"
     assert "swordfish" not in f"{error} {error!r} {error.args} {vars(error)}"
@@ -448,14 +448,14 @@ class TestChecks:
     def test_an_empty_search_is_none(self) -> None:
         assert inputs.search("") is None
 
-    def test_a_moment_is_turned_to_utc(self) -> None:
+    def test_a_timestamp_is_converted_to_utc(self) -> None:
         noon = datetime(2026, 1, 1, 12, tzinfo=timezone(timedelta(hours=9)))
         moment = inputs.timestamp("expected_updated_at", noon)
         assert moment == noon
         assert moment.tzinfo is UTC
 
     def test_I109_an_endless_iterable_is_not_read_to_its_end(self) -> None:
-        # Far enough to be endless, without taking the machine's memory when it is read.
+        # Long enough to detect reading it whole, without exhausting the memory.
         ids = iter(range(10 * BATCH_MAX))
         with pytest.raises(InvalidInputError):
             inputs.task_ids(ids)
@@ -498,7 +498,7 @@ class TestRepositories:
 
 
 class TestDatabase:
-    async def test_lends_no_connection_for_bad_input(self, url: str) -> None:
+    async def test_acquires_no_connection_for_bad_input(self, url: str) -> None:
         only_one = Database.from_url(url, pool_size=1, max_overflow=0, pool_timeout_seconds=0.05)
         async with only_one as database, database.transaction("alice"):
             for _, value, method in bad_calls():
@@ -509,7 +509,7 @@ class TestDatabase:
                     await database.run(value, lambda tx: tx.tasks.count("alice"))  # type: ignore[arg-type]
                 with pytest.raises(InvalidInputError):
                     await database.transaction(value).__aenter__()  # type: ignore[arg-type]
-            # There is none to lend.
+            # The pool has no free connection.
             with pytest.raises(PoolExhaustedError):
                 await database.tasks.count("alice")
 
@@ -664,9 +664,7 @@ class TestDatabase:
             assert error.__cause__ is None
             assert error.__context__ is None
 
-    async def test_I102_I103_the_outermost_moments_are_merely_stale(
-        self, database: Database
-    ) -> None:
+    async def test_I102_I103_extreme_timestamps_are_stale(self, database: Database) -> None:
         await database.users.create("alice", email="alice@example.org", name="")
         task = await database.tasks.create("alice", "x")
         for moment in (datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)):

@@ -1,4 +1,4 @@
-"""The wheel, as somebody installs it: in a clean environment, in an empty folder."""
+"""The installed wheel, in a clean environment and an empty folder."""
 
 import os
 import re
@@ -52,7 +52,7 @@ class TestWheel:
         assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"todo_db"}
 
     def test_demo_runs_from_an_empty_folder(self, environment: Path, tmp_path: Path) -> None:
-        assert "All of it held" in run(environment / "todo-db", "demo", folder=tmp_path)
+        assert "All claims are true" in run(environment / "todo-db", "demo", folder=tmp_path)
 
     def test_migrates_from_an_empty_folder(self, environment: Path, tmp_path: Path) -> None:
         todo_db = environment / "todo-db"
@@ -67,7 +67,7 @@ class TestWheel:
         with pytest.raises(subprocess.CalledProcessError) as found:
             run(todo_db, "doctor", folder=tmp_path)
         codes = re.findall(r"^ *([a-z]+-[a-z]+)  ", found.value.stdout, re.MULTILINE)
-        # The embedded server's owner.
+        # The login is the embedded server's owner.
         assert codes == ["login-bypasses"]
 
     def test_alembic_is_not_imported_by_what_serves_requests(

@@ -1,4 +1,4 @@
-"""Cursors: they bring back the position that was written, or are refused before any SQL."""
+"""Cursors: decoding returns the encoded position, or refuses the cursor before any SQL."""
 
 import base64
 import inspect
@@ -37,7 +37,7 @@ keys: dict[TaskSort, st.SearchStrategy[str | datetime | None]] = {
     TaskSort.NEWEST: st.none(),
     TaskSort.OLDEST: st.none(),
     TaskSort.RECENTLY_UPDATED: st.datetimes(timezones=st.just(UTC)),
-    # PostgreSQL has no NUL, and neither it nor UTF-8 has lone surrogates.
+    # PostgreSQL stores no NUL, and UTF-8 has no lone surrogates.
     TaskSort.TITLE: st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=200),
 }
 filters_ = st.tuples(st.none() | st.booleans(), st.none() | st.text(max_size=20))
@@ -54,12 +54,12 @@ def unpadded(raw: bytes) -> str:
 
 
 def written(payload: object) -> str:
-    """Write what `encode` would have, had it been asked to."""
+    """Return a cursor with this payload, in the format of `encode`."""
     return unpadded(json.dumps(payload, separators=(",", ":")).encode())
 
 
 def forged(sort: TaskSort, **changes: object) -> str:
-    """Write a cursor that is right but for the given items."""
+    """Return a valid cursor with the given items replaced."""
     names = ("version", "sort", "digest", "key", "id")
     payload = dict(zip(names, payload_of(encode(sort, NONE, POSITIONS[sort])), strict=True))
     return written(list((payload | changes).values()))
@@ -71,7 +71,7 @@ def assert_refused(cursor: object, sort: TaskSort, filters: Filters = NONE) -> N
     error = caught.value
     assert isinstance(error, InvalidInputError)
     assert error.field == "cursor"
-    # The same words for everything that may be wrong, so none of them tells a value.
+    # One message for every defect, so that it reveals no value.
     assert str(error) == str(InvalidCursorError())
     assert error.args == InvalidCursorError().args
     assert error.__cause__ is None
@@ -81,7 +81,7 @@ def assert_refused(cursor: object, sort: TaskSort, filters: Filters = NONE) -> N
 class TestRoundTrip:
     @pytest.mark.parametrize("sort", TaskSort)
     @given(data=st.data())
-    def test_brings_the_position_back(self, sort: TaskSort, data: st.DataObject) -> None:
+    def test_returns_the_position(self, sort: TaskSort, data: st.DataObject) -> None:
         position = Position(data.draw(keys[sort]), data.draw(identifiers))
         filters = data.draw(filters_)
         cursor = encode(sort, filters, position)
@@ -100,22 +100,22 @@ class TestRoundTrip:
         cursor = encode(TaskSort.TITLE, filters, position)
         assert decode(cursor, TaskSort.TITLE, filters) == position
 
-    def test_another_time_zone_is_the_same_moment(self) -> None:
+    def test_another_time_zone_is_the_same_timestamp(self) -> None:
         there = MOMENT.astimezone(timezone(timedelta(hours=9)))
         cursor = encode(TaskSort.RECENTLY_UPDATED, NONE, Position(there, 1))
         assert cursor == encode(TaskSort.RECENTLY_UPDATED, NONE, Position(MOMENT, 1))
 
     @pytest.mark.parametrize("sort", TaskSort)
-    def test_says_nothing_of_the_user(self, sort: TaskSort) -> None:
+    def test_does_not_contain_the_user(self, sort: TaskSort) -> None:
         assert list(inspect.signature(encode).parameters) == ["sort", "filters", "position"]
         version, name, digest, key, last = payload_of(encode(sort, NONE, POSITIONS[sort]))
         assert (version, name, last) == (1, sort.value, 42)
-        # Of the filters alone.
+        # The digest covers only the filters.
         assert digest == payload_of(encode(TaskSort.NEWEST, NONE, Position(None, 7)))[2]
         moment = (MOMENT - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
         assert key == (moment if isinstance(POSITIONS[sort].key, datetime) else POSITIONS[sort].key)
 
-    def test_says_nothing_of_the_search(self) -> None:
+    def test_does_not_contain_the_search(self) -> None:
         cursor = encode(TaskSort.NEWEST, (None, "%swordfish%"), Position(None, 1))
         assert "swordfish" not in str(payload_of(cursor))
 
@@ -126,7 +126,7 @@ class TestDecode:
         [None, True, 1, 1.0, b"WzFd", ["WzFd"], {}, object()],
         ids=lambda cursor: type(cursor).__name__,
     )
-    def test_I106_refuses_what_is_no_text(self, cursor: object) -> None:
+    def test_I106_refuses_values_other_than_text(self, cursor: object) -> None:
         assert_refused(cursor, TaskSort.NEWEST)
 
     @pytest.mark.parametrize(
@@ -317,8 +317,8 @@ class TestDecode:
         for cursor in different:
             assert_refused(cursor, TaskSort.TITLE)
 
-    def test_I106_refuses_bits_that_say_nothing(self) -> None:
-        # The last character of a length that is no multiple of 4 has bits to spare.
+    def test_I106_refuses_set_unused_bits(self) -> None:
+        # If the length is not a multiple of 4, the last character has unused bits.
         alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
         spare = 0
         for number in (1, 12, 123):
@@ -353,7 +353,7 @@ class TestDecode:
 
 
 class TestList:
-    async def test_I106_anothers_cursor_shows_ones_own_tasks(self, db: Database) -> None:
+    async def test_I106_another_users_cursor_shows_only_own_tasks(self, db: Database) -> None:
         for user in ("alice", "bob"):
             await db.tasks.create_many(user, [NewTask(f"{user} {n}") for n in range(5)])
         for sort in TaskSort:
@@ -390,7 +390,7 @@ class TestList:
             assert await database.tasks.list("alice", sort=sort, cursor=cursor) == page
 
     async def test_pages_are_the_whole_list_in_order(self, database: Database) -> None:
-        # Titles and moments that are equal, so that only the id tells the rows apart.
+        # Equal titles and timestamps, so that only the id distinguishes the rows.
         titles = ["b", "a", "B", "b", "\u00e4", "a", "\U0001f642", "b", "Z", "a"]
         await database.users.create("alice", email="alice@example.org", name="")
         tasks = await database.tasks.create_many("alice", map(NewTask, titles))

@@ -1,4 +1,4 @@
-"""What the database itself refuses and does, whoever writes to it and with which SQL."""
+"""Rules that the database itself enforces, for every program and any SQL."""
 
 import asyncio
 import re
@@ -29,7 +29,7 @@ async def people(owner: Connection) -> Connection:
 
 
 async def connect_as(server: EmbeddedPostgres, database: str, user_id: str) -> Connection:
-    """Connect as the package's transactions are, but for a whole session."""
+    """Connect with the settings of the package's transactions, for the whole session."""
     connection = await asyncpg.connect(server.url(user=LOGIN, database=database))
     await connection.execute("SET ROLE todo_app")
     await connection.execute("SELECT set_config('todo_db.user_id', $1, false)", user_id)
@@ -56,7 +56,7 @@ async def broken_by(connection: Connection, query: str, *arguments: object) -> s
 
 
 async def denied(connection: Connection, query: str, *arguments: object) -> str:
-    """Return what the server says when the role may not run a statement."""
+    """Return the error message for a statement that the role may not run."""
     with pytest.raises(asyncpg.InsufficientPrivilegeError) as refusal:
         await connection.execute(query, *arguments)
     return str(refusal.value)
@@ -77,8 +77,8 @@ class TestTasks:
             assert refusal.value.column_name == "user_id"
 
     async def test_of_an_unknown_or_empty_owner_is_refused(self, people: Connection) -> None:
-        for nobody in ("carol", "", "Alice", "alice "):
-            assert await broken_by(people, TASK, nobody, "x") == "fk_tasks_user_id_users"
+        for user_id in ("carol", "", "Alice", "alice "):
+            assert await broken_by(people, TASK, user_id, "x") == "fk_tasks_user_id_users"
 
     async def test_of_another_owner_is_refused_to_the_app_role_as_an_unknown_one(
         self, alice: Connection
@@ -223,7 +223,7 @@ class TestTaskIds:
         assert hers == sorted(hers)
         assert his == sorted(his)
 
-    async def test_is_the_databases_to_choose(self, people: Connection) -> None:
+    async def test_is_chosen_by_the_database(self, people: Connection) -> None:
         for query in (
             "INSERT INTO tasks (id, user_id, title) VALUES (7, 'alice', 'x')",
             "UPDATE tasks SET id = 7",
@@ -250,7 +250,7 @@ class TestTaskIds:
 
 class TestTimestamps:
     @pytest.mark.parametrize("table", ["users", "tasks"])
-    async def test_are_the_databases_and_equal_on_creation(
+    async def test_are_set_by_the_database_and_equal_on_creation(
         self, people: Connection, table: str
     ) -> None:
         await add(people, 1)
@@ -306,7 +306,7 @@ class TestTimestamps:
                 f"UPDATE {table} SET {unchanged} RETURNING updated_at = created_at"
             )
 
-    async def test_updated_at_is_not_the_callers(self, people: Connection) -> None:
+    async def test_updated_at_cannot_be_set_by_the_caller(self, people: Connection) -> None:
         await add(people, 1)
         for table in ("tasks", "users"):
             for moment in ("2000-01-01", "2100-01-01", "infinity"):
@@ -319,7 +319,7 @@ class TestTimestamps:
                 assert row["moved"]
                 assert row["past"]
 
-    async def test_updated_at_grows_when_the_clock_steps_back(self, people: Connection) -> None:
+    async def test_updated_at_grows_when_the_clock_goes_back(self, people: Connection) -> None:
         await add(people, 1)
         ahead = datetime.now(UTC) + timedelta(hours=1)
         for table, column in (("tasks", "title"), ("users", "name")):
@@ -369,7 +369,7 @@ class TestUsers:
         alphabet = string.ascii_letters + string.digits
         user_id = "".join(secrets.choice(alphabet) for _ in range(32))
         await people.execute(USER, user_id, "x@example.org")
-        # Nothing is folded: this is somebody else.
+        # Ids are not case-folded: this is another user.
         await people.execute(USER, user_id.swapcase(), "y@example.org")
         assert await people.fetchval(TASK, user_id, "x") == 1
         assert await people.fetchval("SELECT user_id FROM tasks") == user_id
@@ -415,7 +415,7 @@ class TestUsers:
         await people.execute(USER, "carol", "carol@example.org")
         assert await people.fetchval("SELECT count(*) FROM users WHERE username IS NULL") == 2
 
-    async def test_D4_refusal_tells_the_app_role_no_value(self, alice: Connection) -> None:
+    async def test_D4_refusal_reveals_no_value_to_the_app_role(self, alice: Connection) -> None:
         query = "INSERT INTO users (id, email) VALUES ('alice', 'bob@example.org')"
         with pytest.raises(asyncpg.UniqueViolationError) as refusal:
             await alice.execute(query)
@@ -436,7 +436,7 @@ class TestUsers:
 
 
 class TestTransfer:
-    async def test_is_the_owners(self, people: Connection) -> None:
+    async def test_is_possible_for_the_owner(self, people: Connection) -> None:
         await add(people, 2)
         assert await people.execute("UPDATE tasks SET user_id = 'bob' WHERE id = 1") == "UPDATE 1"
         owners = await people.fetch(
@@ -470,8 +470,8 @@ SOON = timedelta(minutes=5)
 
 
 @pytest_asyncio.fixture
-async def auth(superuser: Connection, people: Connection) -> AsyncGenerator[Connection]:  # noqa: ARG001  # whom it signs in
-    """A connection as Better Auth's role."""
+async def auth(superuser: Connection, people: Connection) -> AsyncGenerator[Connection]:  # noqa: ARG001  # the users that it signs in
+    """A connection with Better Auth's role."""
     await superuser.execute("SET ROLE todo_auth")
     yield superuser
     await superuser.execute("RESET ROLE")
@@ -514,7 +514,7 @@ class TestBetterAuth:
         assert await auth.fetchval("SELECT count(*) FROM users") == 3
         for table in ("jwks", "verifications", "users"):
             await auth.execute(f"DELETE FROM {table}")
-        # With their users.
+        # These rows are deleted with their users.
         for table in ("users", *AUTH_TABLES):
             assert await people.fetch(f"SELECT FROM {table}") == []
 
@@ -575,14 +575,14 @@ class TestBetterAuth:
 
 
 class TestFindCredential:
-    async def test_tells_whose_a_live_session_is(
+    async def test_returns_the_user_of_a_valid_session(
         self, signed_in: Connection, alice: Connection
     ) -> None:
         del signed_in
         for token, user_id in (("hers", "alice"), ("his", "bob")):
             assert [tuple(row) for row in await alice.fetch(FIND, token, None)] == [(user_id, None)]
 
-    async def test_tells_nothing_of_an_expired_or_unknown_one(
+    async def test_returns_nothing_for_an_expired_or_unknown_session(
         self, signed_in: Connection, alice: Connection
     ) -> None:
         for token in ("expired", "unknown", "", "HERS", "hers ", "%", "' OR true --", None):
@@ -599,14 +599,14 @@ class TestFindCredential:
                 (None, f"{key_id} key")
             ]
 
-    async def test_gives_no_key_that_was_retired_more_than_30_days_ago_or_never_was(
+    async def test_gives_no_key_that_is_unknown_or_was_retired_more_than_30_days_ago(
         self, signed_in: Connection, alice: Connection
     ) -> None:
         del signed_in
         for key_id in ("forgotten", "unknown", "", "%", None):
             assert await alice.fetch(FIND, None, key_id) == []
 
-    async def test_is_the_app_roles_alone(
+    async def test_is_executable_by_the_app_role_only(
         self, signed_in: Connection, superuser: Connection
     ) -> None:
         await superuser.execute("CREATE ROLE frank")
@@ -624,7 +624,7 @@ class TestFindCredential:
         self, signed_in: Connection, alice: Connection
     ) -> None:
         database = await signed_in.fetchval("SELECT current_database()")
-        # As if everything in its way had been granted by mistake.
+        # With every grant that could interfere, as if made by mistake.
         await signed_in.execute(f"GRANT TEMPORARY, CREATE ON DATABASE {database} TO todo_app")
         await alice.execute("""
             CREATE TEMPORARY TABLE sessions (user_id text, token text, expires_at timestamptz);
@@ -673,7 +673,7 @@ class TestFindCredential:
         )
         for number, argument in enumerate(("session_token", "key_id"), 1):
             body = body.replace(f"find_credential.{argument}", f"${number}")
-        # The server plans it like this, for values that it does not know.
+        # A generic plan, as the server makes it for parameters.
         await signed_in.execute(
             f"""PREPARE found (text, text) AS
             {body};

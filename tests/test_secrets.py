@@ -1,7 +1,7 @@
-"""What users store and what the URL holds is in no log, error or repr, whatever happens.
+"""Values of users and parts of the URL never appear in a log, an error or a repr.
 
-One marker stands in every field and in every part of the URL. `test_engine`, `test_settings` and
-`test_url` look at what is refused before there is a connection.
+Every field and every part of the URL contains one marker. `test_engine`, `test_settings` and
+`test_url` test errors that occur before there is a connection.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import socket
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator
 from datetime import UTC, datetime
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -60,7 +60,7 @@ from todo_db.embedded import OWNER, EmbeddedPostgres
 from todo_db.engine import Pool, parse_url
 from todo_db.migrations import upgrade
 
-# In lower case, because e-mail addresses are.
+# In lower case, like e-mail addresses.
 MARKER: Final = "hunter2zebra"
 LOGIN: Final = f"login-{MARKER}"
 DATABASE: Final = f"database-{MARKER}"
@@ -80,18 +80,18 @@ type Arguments = dict[str, Any]
 
 
 def spellings(secret: str) -> Iterator[str]:
-    """Yield the ways in which a secret may be written down, inside of a longer text too."""
+    """Yield encodings of a secret, also as a part of a longer text."""
     raw = secret.encode()
     yield secret
     yield raw.hex()
     for shift in range(3):
-        # Without the ends, which depend on what stands before and after it.
+        # Without both ends, which depend on the text before and after it.
         whole = base64.urlsafe_b64encode(bytes(shift) + raw).decode()
         yield whole[4:-4]
 
 
-def told(error: BaseException) -> Iterator[str]:
-    """Yield all that an error, and every other one behind it, could say to anybody."""
+def texts_of(error: BaseException) -> Iterator[str]:
+    """Yield all texts of an error and of the errors in its chain."""
     pending, seen = [error], set[int]()
     while pending:
         one = pending.pop()
@@ -108,7 +108,7 @@ def told(error: BaseException) -> Iterator[str]:
 
 
 class Witness:
-    """Hears what is logged, warned of, printed and raised, and remembers all of it."""
+    """Records everything that is logged, warned about, printed and raised."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Witness:
         self._warned = warned
 
     async def failure[E: BaseException](self, kind: type[E], awaitable: Awaitable[object]) -> E:
-        """Wait for an error of this kind, and remember it."""
+        """Expect an error of this kind, and record it."""
         async with asyncio.timeout(20):
             with pytest.raises(kind) as caught:
                 await awaitable
@@ -131,7 +131,7 @@ class Witness:
         return caught.value
 
     async def outcome(self, awaitable: Awaitable[object]) -> type[BaseException] | None:
-        """Wait for the end, whatever it is; return the kind of its error."""
+        """Wait for a result or an error; return the class of the error."""
         ended = (await asyncio.gather(awaitable, return_exceptions=True))[0]
         if not isinstance(ended, BaseException):
             return None
@@ -139,11 +139,11 @@ class Witness:
         return type(ended)
 
     def leaks(self) -> list[str]:
-        """Return what has the marker in it, of everything so database_through_proxy."""
+        """Return everything recorded that contains the marker."""
         printed = self._output.readouterr()
         heard = [
             *self.shown,
-            *(line for error in self.errors for line in told(error)),
+            *(line for error in self.errors for line in texts_of(error)),
             *(f"{record.getMessage()} {vars(record)!r}" for record in self._log.records),
             self._log.text,
             *(f"{warning.message} {warning!r}" for warning in self._warned),
@@ -166,7 +166,7 @@ def witness(
 
 @pytest.fixture(autouse=True)
 def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No .env and no URL of the developer's."""
+    """Run without the developer's .env and URL."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DATABASE_URL", raising=False)
     monkeypatch.delenv("DIRECT_DATABASE_URL", raising=False)
@@ -174,7 +174,7 @@ def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def hba() -> Generator[Path]:
-    """Who has to say a password, in a file that any user may read."""
+    """A pg_hba.conf that requires a password, in a file that any user may read."""
     with TemporaryDirectory(prefix="todo-") as folder:
         Path(folder).chmod(0o755)
         file = Path(folder, "hba")
@@ -187,7 +187,7 @@ async def cluster(
     hba: Path,
     todo_postgres: EmbeddedPostgres,  # noqa: ARG001  # makes the wheel's files readable for all
 ) -> AsyncGenerator[Cluster]:
-    """A server that asks one login for its password."""
+    """A server that requires a password for one login."""
     with Cluster(18, hba_file=hba) as cluster:
         await cluster.execute(
             f"CREATE ROLE {OWNER} LOGIN CREATEROLE BYPASSRLS",
@@ -200,13 +200,13 @@ async def cluster(
 
 @pytest.fixture
 def url(cluster: Cluster) -> Generator[str]:
-    """One that has the marker in its user, password, database, query and folder."""
+    """A URL with the marker in its user, password, database, query and folder."""
     with TemporaryDirectory(prefix="todo-") as folder:
         place = Path(folder, MARKER)
         place.symlink_to(str(make_url(cluster.url(LOGIN, DATABASE)).query["host"]))
         yield (
             f"postgresql://{LOGIN}:{MARKER}@/{DATABASE}?host={quote(str(place))}"
-            f"&application_name={MARKER}&options=-c%20todo_db.note={MARKER}"
+            f"&application_name={MARKER}"
         )
 
 
@@ -223,7 +223,7 @@ async def superuser(cluster: Cluster) -> AsyncGenerator[Connection]:
 
 @pytest_asyncio.fixture
 async def db(url: str, superuser: Connection) -> AsyncGenerator[Database]:
-    """Has alice and bob in it, and nobody else."""
+    """A Database with alice and bob, and no other user."""
     async with database(url) as opened:
         await opened.users.create(ALICE, **user("alice"))
         await opened.users.create(BOB, **user("bob"))
@@ -240,7 +240,7 @@ def user(name: str) -> Arguments:
 
 
 def arguments(task_id: int, at: datetime | None = None, cursor: str | None = None) -> Arguments:
-    """Return what each method is called with besides the user; those that delete come last."""
+    """Return the arguments of each method after the user; deleting methods come last."""
     task: Arguments = {
         "title": f"title {MARKER}",
         "description": f"description {MARKER}",
@@ -286,14 +286,19 @@ async def call(executor: object, name: str, given: Arguments, *, user_id: str = 
     made = method(name, executor)
     taken = signature(made).parameters
     known = {key: value for key, value in given.items() if key in taken or "changes" in taken}
-    result = made(user_id, **known)
+    first = [
+        known.pop(key)
+        for key, parameter in taken.items()
+        if parameter.kind is Parameter.POSITIONAL_ONLY and key in known
+    ]
+    result = made(user_id, *first, **known)
     if isinstance(result, AsyncIterator):
         return [item async for item in result]
     return await result
 
 
 class TestWitness:
-    """What hears nothing proves nothing."""
+    """The witness detects leaks; otherwise the other tests prove nothing."""
 
     @pytest.mark.parametrize(
         "said",
@@ -375,7 +380,7 @@ class TestSuccess:
             witness.shown += [f"{thing} {thing!r}" for thing in things]
             witness.shown += [f"{settings.model_dump()} {settings.model_dump_json()}"]
             witness.shown += [repr(vars(thing)) for thing in (db, db.tasks, db.users, pool)]
-        await pool.release(connection)
+        pool.release(connection)
         await pool.close()
         assert witness.leaks() == []
 
@@ -412,7 +417,7 @@ class TestRefusals:
     async def test_of_the_server_repeat_nothing(
         self, db: Database, witness: Witness, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The checks are off, so that bad values reach the driver and the server."""
+        """With validation off, so that bad values reach the driver and the server."""
         monkeypatch.setattr("todo_db.inputs._text", lambda _field, value, _longest: value)
         monkeypatch.setattr("todo_db.inputs._not_blank", lambda _field, value: value)
         monkeypatch.setattr("todo_db.inputs._bigint", lambda _field, value: value)
@@ -518,7 +523,7 @@ class TestRefusals:
 
 
 class TestFaults:
-    """Of every method, in turn."""
+    """Faults during every method."""
 
     @pytest.mark.parametrize(
         ("pattern", "fault", "kind"),
@@ -541,14 +546,18 @@ class TestFaults:
     ) -> None:
         seen: set[type[BaseException] | None] = set()
         async with Proxy(url) as proxy:
-            plain = make_url(proxy.url).difference_update_query(["application_name", "options"])
+            plain = make_url(proxy.url).difference_update_query(["application_name"])
             broken = plain.render_as_string(hide_password=False)
-            settings = {"retry_attempts": 2, "command_timeout_seconds": 0.1}
+            settings = {
+                "retry_attempts": 2,
+                "command_timeout_seconds": 0.1,
+                "connect_retry_seconds": 0,
+            }
             async with database(broken, **settings) as db:
                 for name, given in arguments(1).items():
                     proxy.break_at(pattern, fault, times=2)
                     seen.add(await witness.outcome(call(db, name, given)))
-                    # Each leaves what it did not use up.
+                    # Remove a fault that a method did not trigger.
                     proxy._planned.clear()
         assert kind in seen
         assert all(one is None or issubclass(one, TodoDBError) for one in seen)
@@ -588,7 +597,7 @@ class TestFaults:
         self, db: Database, superuser: Connection, witness: Witness, which: str
     ) -> None:
         async with (
-            database_of(db, **NO_RETRIES, **{which: 0.01}) as impatient,
+            database_of(db, **NO_RETRIES, **{which: 0.1}) as impatient,
             superuser.transaction(),
         ):
             await superuser.execute("LOCK TABLE users, tasks")
@@ -635,7 +644,7 @@ class TestFaults:
 
 
 def database_of(db: Database, **settings: Any) -> Database:  # noqa: ANN401  # as for `database`
-    """Return another one on the same URL."""
+    """Return another Database on the same URL."""
     secret = db._settings.database_url
     assert secret is not None
     return database(secret.get_secret_value(), **settings)
@@ -644,19 +653,19 @@ def database_of(db: Database, **settings: Any) -> Database:  # noqa: ANN401  # a
 class TestConnecting:
     @pytest.fixture
     def broken(self, url: str) -> Iterator[dict[str, str]]:
-        """URLs that lead nowhere, each for a reason of its own."""
+        """URLs that fail, each for another reason."""
         right = make_url(url)
 
         def text_of(**parts: Any) -> str:  # noqa: ANN401  # as SQLAlchemy has them
             return right.set(**parts).render_as_string(hide_password=False)
 
-        with socket.socket() as nobody_listens:
-            nobody_listens.bind(("127.0.0.1", 0))
-            port = nobody_listens.getsockname()[1]
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            port = unused.getsockname()[1]
             place = f"{LOGIN}:{MARKER}@{{}}/{DATABASE}"
             yield {
                 "wrong password": text_of(password=f"wrong-{MARKER}"),
-                "unknown user": text_of(username=f"nobody-{MARKER}"),
+                "unknown user": text_of(username=f"unknown-{MARKER}"),
                 "wrong database": text_of(database=f"missing-{MARKER}"),
                 "unknown host": f"postgresql://{place.format(f'{MARKER}.invalid')}",
                 "unreachable port": f"postgresql://{place.format(f'127.0.0.1:{port}')}",
@@ -697,10 +706,10 @@ class TestConnecting:
 
     async def test_lost_half_way_repeats_nothing(self, url: str, witness: Witness) -> None:
         async with Proxy(url) as proxy:
-            plain = make_url(proxy.url).difference_update_query(["application_name", "options"])
+            plain = make_url(proxy.url).difference_update_query(["application_name"])
             broken = plain.render_as_string(hide_password=False)
             for fault in (Fault.CUT_BEFORE, Fault.CUT_AFTER, Fault.HANG):
-                proxy.break_at(STARTUP, fault, times=2)
+                proxy.break_at(STARTUP, fault, times=99)
                 db = database(broken, connect_retry_seconds=0.1, connect_timeout_seconds=0.1)
                 await witness.failure(UnavailableError, db.open())
                 proxy._planned.clear()

@@ -52,7 +52,7 @@ class Query(TypedDict, total=False):
 
 @pytest_asyncio.fixture
 async def bobs_task(db: Database) -> TaskRecord:
-    """What mallory, who signed up like anybody, is after."""
+    """A task of bob, which mallory, another user, must not reach."""
     await db.users.create("mallory", email="mallory@example.org", name="Mallory")
     return await db.tasks.create("bob", "secret", description="of bob's")
 
@@ -85,7 +85,7 @@ def ids(tasks: Iterable[TaskRecord]) -> list[int]:
 
 
 async def assert_not_found(attempt: Callable[[int], Awaitable[object]], foreign: int) -> None:
-    """Foreign and missing ids must be told apart by nothing."""
+    """Another user's id and a missing id must get the same error."""
     errors: list[NotFoundError] = []
     for task_id in (foreign, MISSING, 0, -1):
         with pytest.raises(TaskNotFoundError) as caught:
@@ -94,8 +94,8 @@ async def assert_not_found(attempt: Callable[[int], Awaitable[object]], foreign:
     assert len({(repr(error), str(error), error.args, error.__cause__) for error in errors}) == 1
 
 
-async def plant_in_reverse(owner: Connection, user_id: str, number: int, *, completed: int) -> None:
-    """Store tasks so that their order on disk is the opposite of the order of their ids."""
+async def store_in_reverse(owner: Connection, user_id: str, number: int, *, completed: int) -> None:
+    """Store tasks so that their order on disk is the reverse of their ids."""
     await owner.execute(
         "INSERT INTO tasks (id, user_id, title, completed) OVERRIDING SYSTEM VALUE"
         " SELECT n, $1, 'task ' || n, n <= $3 FROM generate_series($2::int, 1, -1) AS n",
@@ -106,8 +106,8 @@ async def plant_in_reverse(owner: Connection, user_id: str, number: int, *, comp
     await owner.execute("ANALYZE tasks")
 
 
-async def meet_rows_as_they_lie_on_disk(owner: Connection) -> None:
-    """Leave connections of the future only scans and hash joins, which keep no order of ids."""
+async def read_rows_in_disk_order(owner: Connection) -> None:
+    """Allow new connections only scans and hash joins, which do not keep the order of ids."""
     database = await owner.fetchval("SELECT current_database()")
     for path in ("indexscan", "indexonlyscan", "bitmapscan", "nestloop", "mergejoin"):
         await owner.execute(f"ALTER DATABASE {database} SET enable_{path} = off")
@@ -142,7 +142,7 @@ class TestEveryMethod:
         method = getattr(TaskRepository, name)
         _, first, *_ = inspect.signature(method).parameters.values()
         assert first.name == "user_id"
-        assert first.kind is first.POSITIONAL_OR_KEYWORD
+        assert first.kind in {first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD}
         assert first.default is first.empty
         with pytest.raises(TypeError, match="user_id"):
             method(None)
@@ -194,7 +194,7 @@ class TestCreateMany:
     ) -> None:
         descriptions = [None, "", "null", 'a "quoted", {braced} \\ text\n', "NULL"]
         new = [
-            # Titles that sort otherwise than they stand.
+            # Titles whose sort order differs from their position.
             NewTask(f"{(n * 37) % 100:02}", descriptions[n % 5], completed=n % 3 == 0)
             for n in range(100)
         ]
@@ -248,7 +248,7 @@ class TestUpdate:
                     assert after.updated_at > before.updated_at
                     assert await db.tasks.get("alice", before.id) == after
 
-    async def test_tells_absent_from_none(self, db: Database) -> None:
+    async def test_distinguishes_absent_from_none(self, db: Database) -> None:
         before = await db.tasks.create("alice", "x", description="y")
         kept = await db.tasks.update("alice", before.id, completed=True)
         assert kept.description == "y"
@@ -283,14 +283,14 @@ class TestUpdate:
         for stale in (first.updated_at, second.updated_at + timedelta(microseconds=1)):
             with pytest.raises(StaleTaskError):
                 await db.tasks.update("alice", first.id, expected_updated_at=stale, title="third")
-            # Also where nothing would change.
+            # Also if the change has no effect.
             with pytest.raises(StaleTaskError):
                 await db.tasks.update("alice", first.id, expected_updated_at=stale, title="second")
             with pytest.raises(StaleTaskError):
                 await db.tasks.update("alice", first.id, expected_updated_at=stale)
         assert await db.tasks.get("alice", first.id) == second
 
-    async def test_expects_the_moment_not_its_spelling(self, db: Database) -> None:
+    async def test_compares_the_time_not_the_time_zone(self, db: Database) -> None:
         task = await db.tasks.create("alice", "x")
         elsewhere = task.updated_at.astimezone(timezone(timedelta(hours=9)))
         assert await db.tasks.update("alice", task.id, expected_updated_at=elsewhere) == task
@@ -299,7 +299,7 @@ class TestUpdate:
         )
         assert changed.completed is True
 
-    async def test_tells_a_missing_task_from_a_stale_one(
+    async def test_distinguishes_a_missing_task_from_a_stale_one(
         self, db: Database, bobs_task: TaskRecord
     ) -> None:
         fresh = bobs_task.updated_at
@@ -349,7 +349,7 @@ class TestUpdate:
 
 
 class TestToggle:
-    async def test_turns_completed_around(self, db: Database) -> None:
+    async def test_inverts_completed(self, db: Database) -> None:
         task = await db.tasks.create("alice", "x", description="y")
         done = await db.tasks.toggle("alice", task.id)
         assert done == replace(task, completed=True, updated_at=done.updated_at)
@@ -432,7 +432,7 @@ class TestUpdateMany:
                     replace(old, updated_at=new.updated_at, **changes)
                     for old, new in zip(before, after, strict=True)
                 ]
-                # The second one has the new title already.
+                # The second task has the new title already.
                 assert changed == (1 if names == ("title",) else 2)
 
     async def test_knows_that_null_is_not_the_empty_text(self, db: Database) -> None:
@@ -480,7 +480,7 @@ class TestDeleteMany:
 
 
 class TestDeleteCompleted:
-    async def test_deletes_ones_own_completed_tasks(
+    async def test_deletes_only_own_completed_tasks(
         self, db: Database, bobs_task: TaskRecord
     ) -> None:
         done = await db.tasks.toggle("bob", bobs_task.id)
@@ -504,11 +504,11 @@ class TestBulkLocks:
             lambda tasks: tasks.delete_many("alice", shuffled),
             lambda tasks: tasks.delete_completed("alice"),
         ]
-        await meet_rows_as_they_lie_on_disk(owner)
+        await read_rows_in_disk_order(owner)
         async with asyncio.timeout(PATIENCE), Database.from_url(url) as scanning:
             for bulk in bulks:
                 await owner.execute("TRUNCATE tasks")
-                await plant_in_reverse(owner, "alice", 200, completed=10)
+                await store_in_reverse(owner, "alice", 200, completed=10)
                 async with db.transaction("alice") as tx:
                     await tx.tasks.toggle("alice", 5)
                     waiting = asyncio.create_task(bulk(scanning.tasks))
@@ -521,12 +521,12 @@ class TestBulkLocks:
                 assert sorted(row["id"] for row in free) == [6, 7, 8, 9, 10]
 
     async def test_K4b_never_deadlock(self, url: str, db: Database, owner: Connection) -> None:
-        await plant_in_reverse(owner, "alice", 200, completed=0)
+        await store_in_reverse(owner, "alice", 200, completed=0)
         up = list(range(1, 201))
         async with Database.from_url(url, retry_attempts=1) as once:
 
             async def change(n: int) -> None:
-                # A few ids are found by index, many by a scan: in opposite orders.
+                # Few ids use the index and many a scan, which read the rows in opposite orders.
                 several = [up, up[::-1], up[n::20], up[n::20][::-1]][n % 4]
                 for done in range(6):
                     await once.tasks.update_many("alice", several, title=f"{n} {done}")
@@ -552,9 +552,9 @@ class TestList:
                 assert await in_pages(db, "alice", sort=sort, limit=limit) == list(page.items)
 
     @pytest.mark.parametrize("after", [False, True])
-    def test_orders_titles_by_code_point_whatever_the_collation(self, *, after: bool) -> None:
-        # The servers of the tests know no collation that would order otherwise.
-        sql = tasks._page_statement(TaskSort.TITLE, False, False, after=after).sql  # noqa: FBT003
+    def test_orders_titles_by_code_point_in_any_collation(self, *, after: bool) -> None:
+        # The test servers have no collation with another order.
+        sql = tasks._page_statement(TaskSort.TITLE, False, False, after=after).in_transaction.sql  # noqa: FBT003
         assert 'ORDER BY tasks.title COLLATE "C"' in sql
         assert ('(tasks.title COLLATE "C", tasks.id) >' in sql) == after
 
@@ -566,7 +566,7 @@ class TestList:
         assert list(rest.items) == created[9::-1]
         assert rest.next_cursor is None
 
-    async def test_says_at_the_last_row_that_it_is_the_last(self, db: Database) -> None:
+    async def test_has_no_cursor_at_the_last_row(self, db: Database) -> None:
         await db.tasks.create_many("alice", [NewTask(f"{n}") for n in range(6)])
         first = await db.tasks.list("alice", limit=3)
         assert first.next_cursor is not None
@@ -575,7 +575,7 @@ class TestList:
         whole = await db.tasks.list("alice", limit=6)
         assert (len(whole.items), whole.next_cursor) == (6, None)
         assert (await db.tasks.list("alice", limit=1000)).items == whole.items
-        # Another size is no other list.
+        # The cursor also works with another page size.
         other = await db.tasks.list("alice", limit=1, cursor=first.next_cursor)
         assert other.items == second.items[:1]
 
@@ -633,7 +633,7 @@ class TestPages:
     async def test_give_rows_with_equal_keys_exactly_once(
         self, db: Database, owner: Connection
     ) -> None:
-        # One statement: equal created_at and updated_at. Three titles for twenty tasks.
+        # One statement gives equal created_at and updated_at; twenty tasks share three titles.
         await db.tasks.create_many("alice", [NewTask("abc"[n % 3]) for n in range(20)])
         for user_id in ("bob", "alice", "bob", "alice"):
             await db.tasks.create(user_id, "b")
@@ -657,7 +657,7 @@ class TestPages:
             listed = await in_pages(db, "alice", sort=sort, limit=1000)
             first = await db.tasks.list("alice", sort=sort, limit=4)
 
-            # The row that the cursor stands on, one before it, and one of the next page.
+            # The row of the cursor, one before it, and one of the next page.
             for gone in (listed[3], listed[1], listed[6]):
                 await db.tasks.delete("alice", gone.id)
             new = await db.tasks.create("alice", "n")
@@ -674,7 +674,9 @@ class TestPages:
         found = await in_pages(db, "alice", sort=TaskSort.TITLE, limit=1)
         assert titles(found) == sorted(longest)
 
-    async def test_of_moments_keep_every_microsecond(self, db: Database, owner: Connection) -> None:
+    async def test_of_timestamps_keep_every_microsecond(
+        self, db: Database, owner: Connection
+    ) -> None:
         await db.tasks.create_many("alice", [NewTask(f"{n}") for n in range(6)])
         await owner.execute("ALTER TABLE tasks DISABLE TRIGGER update_tasks_updated_at")
         for task_id, moment in enumerate(
@@ -713,13 +715,13 @@ class TestPages:
                 with pytest.raises(InvalidCursorError):
                     await db.tasks.list("alice", cursor=cursor, **query)
 
-    async def test_take_no_filter_and_the_empty_search_for_the_same(self, db: Database) -> None:
+    async def test_treat_no_filter_and_the_empty_search_alike(self, db: Database) -> None:
         await db.tasks.create_many("alice", [NewTask("a"), NewTask("b")])
         first = await db.tasks.list("alice", limit=1)
         second = await db.tasks.list("alice", limit=1, search="", cursor=first.next_cursor)
         assert titles(second.items) == ["a"]
 
-    async def test_I106_of_another_users_cursor_show_only_ones_own_rows(
+    async def test_I106_of_another_users_cursor_show_only_own_rows(
         self, db: Database, bobs_task: TaskRecord
     ) -> None:
         for n in range(3):
@@ -774,14 +776,14 @@ class TestIterate:
         found: list[int] = []
         async for task in db.tasks.iterate("alice", sort=TaskSort.OLDEST):
             if not found:
-                # The row that the second page begins after, and one of the third page.
+                # The last row of the first page, and one of the third page.
                 await db.tasks.delete_many("alice", [created[499].id, created[1_100].id])
             found.append(task.id)
         assert found == [task.id for task in created if task is not created[1_100]]
 
 
 class TestCount:
-    async def test_counts_ones_own_tasks(self, db: Database, bobs_task: TaskRecord) -> None:
+    async def test_counts_only_own_tasks(self, db: Database, bobs_task: TaskRecord) -> None:
         assert await db.tasks.count("alice") == 0
         await db.tasks.create_many("alice", [NewTask("a", completed=True), NewTask("b")])
         assert await db.tasks.count("alice") == 2
@@ -791,9 +793,7 @@ class TestCount:
 
 
 class TestOnATransaction:
-    async def test_all_calls_see_and_keep_one_piece_of_work(
-        self, db: Database, owner: Connection
-    ) -> None:
+    async def test_all_calls_share_one_transaction(self, db: Database, owner: Connection) -> None:
         async with db.transaction("alice") as tx:
             task = await tx.tasks.create("alice", "a")
             done = await tx.tasks.toggle("alice", task.id)
@@ -809,7 +809,7 @@ class TestOnATransaction:
             assert (titles(page.items), page.next_cursor is None) == (["b"], False)
             assert titles(await everything(tx.tasks.iterate("alice"))) == ["d", "b"]
             assert await tx.tasks.count("alice", completed=True) == 2
-            # Nobody else sees any of it yet.
+            # No other connection sees these changes yet.
             assert await db.tasks.count("alice") == 0
             assert await tx.tasks.delete_many("alice", [more[1].id]) == 1
             assert await tx.tasks.delete_completed("alice") == 1
@@ -840,7 +840,7 @@ class TestOnATransaction:
                 )
         assert await db.tasks.get("mallory", task.id) == task
 
-    async def test_a_user_without_a_row_dooms_it(self, db: Database) -> None:
+    async def test_a_user_without_a_row_aborts_it(self, db: Database) -> None:
         async def go_on() -> None:
             async with db.transaction("mallory") as tx:
                 with pytest.raises(UserNotFoundError):

@@ -50,7 +50,7 @@ class TestEveryMethod:
         method = getattr(UserRepository, name)
         _, first, *_ = inspect.signature(method).parameters.values()
         assert first.name == "user_id"
-        assert first.kind is first.POSITIONAL_OR_KEYWORD
+        assert first.kind in {first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD}
         assert first.default is first.empty
         with pytest.raises(TypeError, match="user_id"):
             method(None)
@@ -182,7 +182,7 @@ class TestEnsure:
                 await tx.users.ensure("carol", email="alice@example.org", name="Carol")
             carol = await tx.users.ensure("carol", email="carol@example.org", name="Carol")
             task = await tx.tasks.create("carol", "x")
-            # The row is there by now, so the address does not matter.
+            # The row exists now, so the address does not matter.
             assert await tx.users.ensure("carol", email="alice@example.org", name="") == carol
         assert await db.users.get("carol") == carol
         assert await db.tasks.get("carol", task.id) == task
@@ -201,7 +201,7 @@ class TestEnsure:
 
     async def test_gives_up_after_three_rivals(self) -> None:
         class AlwaysRivals:
-            """Each time the row is there when it is stored, and gone when it is read."""
+            """The row always exists at the INSERT, and is deleted before the SELECT."""
 
             tries = 0
 
@@ -220,7 +220,7 @@ class TestGet:
     async def test_returns_the_user(self, db: Database, owner: Connection) -> None:
         assert [await db.users.get("alice"), await db.users.get("bob")] == await stored(owner)
 
-    async def test_of_nobody_is_not_found(self, db: Database) -> None:
+    async def test_of_a_missing_user_is_not_found(self, db: Database) -> None:
         for user_id in ("mallory", "Alice", "alice ", "alice@example.org", "%"):
             with pytest.raises(UserNotFoundError):
                 await db.users.get(user_id)
@@ -247,7 +247,7 @@ class TestUpdate:
         assert await db.users.update("alice") == before
         assert await db.users.update("alice", name="Alice", username=None) == before
 
-    async def test_of_nobody_is_not_found(self, db: Database, owner: Connection) -> None:
+    async def test_of_a_missing_user_is_not_found(self, db: Database, owner: Connection) -> None:
         before = await stored(owner)
         with pytest.raises(UserNotFoundError):
             await db.users.update("mallory")
@@ -262,13 +262,13 @@ class TestUpdate:
             await db.users.update("bob", username="al", name="Al")
         assert await stored(owner) == before
         assert (await db.users.update("bob", username="AL")).username == "AL"
-        # Nobody has no username; many may have none.
+        # Several users may have no username.
         assert (await db.users.update("alice", username=None)).username is None
         assert (await db.users.update("bob", username="al")).username == "al"
 
 
 class TestDelete:
-    async def test_takes_all_tasks_along(self, db: Database, owner: Connection) -> None:
+    async def test_deletes_all_tasks(self, db: Database, owner: Connection) -> None:
         await db.tasks.create_many("alice", [NewTask(f"{n}") for n in range(50)])
         kept = await db.tasks.create("bob", "x")
         await db.users.delete("alice")
@@ -287,7 +287,7 @@ class TestDelete:
         assert await db.users.get("alice") == again
         assert await db.tasks.count("alice") == 0
 
-    async def test_of_nobody_deletes_nothing(self, db: Database, owner: Connection) -> None:
+    async def test_of_a_missing_user_deletes_nothing(self, db: Database, owner: Connection) -> None:
         before = await stored(owner)
         with pytest.raises(UserNotFoundError):
             await db.users.delete("mallory")
@@ -318,7 +318,7 @@ class TestMallory:
             assert await tx.users.get("mallory") == mallory
         assert await stored(owner) == before
 
-    async def test_dooms_her_transaction_with_a_taken_name(self, db: Database) -> None:
+    async def test_aborts_her_transaction_with_a_taken_name(self, db: Database) -> None:
         async def take() -> None:
             async with db.transaction("mallory") as tx:
                 with pytest.raises(EmailTakenError):

@@ -1,4 +1,4 @@
-"""A FastAPI application, asked in this process or behind a real server."""
+"""A FastAPI application, called in this process or behind a real server."""
 
 import asyncio
 import socket
@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 async def client(
     app: FastAPI, *, headers: dict[str, str] | None = None
 ) -> AsyncGenerator[httpx.AsyncClient]:
-    """Run the lifespan, and ask the application without a server; what it raises is raised."""
+    """Run the lifespan, and yield a client without a server; errors are raised again."""
     async with app.router.lifespan_context(app) as state:
 
         async def served(scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-// Migrates, as an operator would with `auth migrate`, what two plugins need beyond our schema.
+// Adds the tables and columns of two plugins, as an operator does with `auth migrate`.
 import { getMigrations } from "better-auth/db/migration";
 import { admin, twoFactor } from "better-auth/plugins";
 

@@ -1,4 +1,4 @@
-// In the place of auth.mjs for versions before 1.7, whose username plugin wants a second column.
+// Replaces auth.mjs for versions before 1.7, whose username plugin needs a second column.
 import { betterAuth } from "better-auth";
 
 import { options as newest, pool } from "./auth-of-new.mjs";

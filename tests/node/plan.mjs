@@ -1,7 +1,7 @@
 // Prints what Better Auth's own migrator would do to the database.
 import { options, pool } from "./auth.mjs";
 
-// It has moved.
+// Older versions export it from another module.
 const { getMigrations } = await import("better-auth/db/migration").catch(
   () => import("better-auth/db"),
 );
