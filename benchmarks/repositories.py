@@ -1,8 +1,8 @@
-"""Client CPU of the repositories against hand-written asyncpg that does the same.
+"""Client CPU time of the repositories, compared with hand-written asyncpg.
 
-Both send the same BEGIN, the same statement and COMMIT on warm connections, and build the same
-records. Run it with `uv run python benchmarks/repositories.py`; compare the ratios, not the
-microseconds. What is measured is this process's CPU time, the server's is not in it.
+Both send the same BEGIN, statement and COMMIT on open connections, and build the same records. Run
+it with `uv run python benchmarks/repositories.py`, and compare the ratios, not the microseconds. It
+measures the CPU time of this process, without the server's.
 """
 
 import asyncio
@@ -38,16 +38,16 @@ type Work = Callable[[], Awaitable[object]]
 
 
 class Floor:
-    """The least that can be written by hand."""
+    """Minimal hand-written code with the same behaviour."""
 
     def __init__(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
         self._free = [connection]
-        self._context = TransactionPreamble(Settings())
+        self._preamble = TransactionPreamble(Settings())
 
     async def run(self, sql: str, *arguments: object) -> list[TaskRecord]:
-        """One transaction: take, BEGIN and context, statement, COMMIT, give back, records."""
+        """One transaction: acquire, BEGIN with user id, statement, COMMIT, release, records."""
         connection = self._free.pop()
-        await connection.execute(self._context.begin("alice", read_only=False))
+        await connection.execute(self._preamble.begin("alice", read_only=False))
         rows = await connection.fetch(sql, *arguments)
         await connection.execute("COMMIT")
         self._free.append(connection)
@@ -63,7 +63,7 @@ async def cpu(work: Work) -> float:
 
 
 async def compare(name: str, ours: Work, floor: Work) -> None:
-    """Measure the two in turn, and print the medians and the median of the ratios."""
+    """Measure both alternately; print the medians and the median of the ratios."""
     for work in (ours, floor):
         await cpu(work)
     pairs = [(await cpu(ours), await cpu(floor)) for _ in range(ROUNDS)]
@@ -73,7 +73,7 @@ async def compare(name: str, ours: Work, floor: Work) -> None:
 
 
 async def measure(url: str) -> None:
-    """Compare one row, a page of 50, an update and a create."""
+    """Compare a get, a page of 50, an update and a create."""
     connection = await asyncpg.connect(url, max_cached_statement_lifetime=0)
     floor = Floor(connection)
     async with Database.from_url(url) as db:
@@ -103,7 +103,7 @@ async def measure(url: str) -> None:
 
 
 def main() -> None:
-    """Measure on an embedded PostgreSQL of its own."""
+    """Measure on a temporary embedded PostgreSQL."""
     with (
         tempfile.TemporaryDirectory() as folder,
         EmbeddedPostgres(Path(folder) / "postgres", durable=False) as server,

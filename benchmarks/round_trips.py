@@ -1,7 +1,7 @@
-"""Round trips to read one task behind row-level security, counted at the socket.
+"""Round trips to read one task under row-level security, counted at the socket.
 
-Exact, so one run says it: `uv run python benchmarks/round_trips.py`. Once straight to
-PostgreSQL, once through PgBouncer 1.24 as Neon configures it.
+The counts are exact, so one run is enough: `uv run python benchmarks/round_trips.py`. It connects
+directly to PostgreSQL, and through PgBouncer 1.24 as Neon configures it.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ async def three_reads(url: str) -> AsyncGenerator[Read]:
 
 @asynccontextmanager
 async def as_taught(url: str, **options: Any) -> AsyncGenerator[Read]:  # noqa: ANN401  # SQLAlchemy's
-    """A session for each request, which says first who it is."""
+    """A session for each request, which first sets role and user id in statements of its own."""
     engine = create_async_engine(url.replace("postgresql:", "postgresql+asyncpg:"), **options)
 
     async def read() -> None:
@@ -91,7 +91,7 @@ async def counted(url: str, way: Callable[[str], Any]) -> tuple[int, int]:
 
 
 async def main(server: EmbeddedPostgres) -> None:
-    """Migrate, plant one task, and count."""
+    """Migrate, store one task, and count."""
     await upgrade(server.url())
     server.create_login()
     owner = await asyncpg.connect(server.url(user="postgres"))
