@@ -481,6 +481,33 @@ async def nothing_stays_on_a_connection(db: Database, _owner: Connection, _victi
     assert tuple(left) == (None, True, 0, 0, 0)
 
 
+async def own_rows_are_found_in_one_trip(db: Database, owner: Connection, victim: Victim) -> None:
+    assert (await db.health()).round_trips == 1
+    first = victim.ids[0]
+    assert [task.id for task in (await db.tasks.list("alice")).items] == victim.ids
+    try:
+        task = await db.tasks.get("alice", first)
+        task = await db.tasks.update(
+            "alice", first, expected_updated_at=task.updated_at, title="mine"
+        )
+        await db.tasks.toggle("alice", first)
+    except NotFoundError:
+        pytest.fail("an own task was not found")
+    assert task.title == "mine"
+    assert await db.tasks.delete_many("alice", victim.ids) == len(victim.ids)
+    assert await owner.fetchval("SELECT count(*) FROM tasks WHERE user_id = 'alice'") == 0
+
+
+async def nothing_stays_of_one_trip(db: Database, _owner: Connection, victim: Victim) -> None:
+    assert (await db.health()).round_trips == 1
+    await db.tasks.toggle("alice", victim.ids[0])
+    await db.tasks.list("alice")
+    async with pooled_connection(db) as driver:
+        left = await driver.fetchval("SELECT current_setting('todo_db.user_id', true)")
+    # Empty is what PostgreSQL leaves of a setting that was local.
+    assert left == ""
+
+
 async def nothing_runs_after_a_commit(db: Database, owner: Connection, _victim: Victim) -> None:
     before = await rows_of(owner, "alice")
     with pytest.raises(IsolationError):

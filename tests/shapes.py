@@ -12,10 +12,11 @@ from todo_db.repositories import Statement, tasks, users
 
 _FLAGS: Final = (False, True)
 _OWNER: Final = re.compile(
-    r"\b(?:tasks\.user_id|users\.id|idempotency_keys\.user_id) = (\$\d+::VARCHAR)"
+    r"\b(?:public\.)?(?:tasks\.user_id|users\.id|idempotency_keys\.user_id) = (\$\d+::VARCHAR)"
 )
 _OWNER_IN_KEY: Final = re.compile(
-    r"\(tasks\.user_id, tasks\.id\) ([<>]) \(\(SELECT \$\d+::VARCHAR AS anon_1\), ([^)]*)\)"
+    r"\((?:public\.)?tasks\.user_id, ((?:public\.)?tasks\.id)\) ([<>]) "
+    r"\(\(SELECT \$\d+::VARCHAR AS anon_1\), ([^)]*)\)"
 )
 
 
@@ -72,7 +73,7 @@ SHAPES: Final[dict[str, Statement]] = dict(
 
 def without_owner(sql: str) -> str:
     """Make every predicate on the owner true; keep the parameter, so that it can be bound."""
-    return _OWNER.sub(r"\1 IS NOT NULL", _OWNER_IN_KEY.sub(r"tasks.id \1 \2", sql))
+    return _OWNER.sub(r"\1 IS NOT NULL", _OWNER_IN_KEY.sub(r"\1 \2 \3", sql))
 
 
 def parameters(statement: Statement) -> tuple[str, ...]:

@@ -13,7 +13,9 @@ import attacks
 import keys
 import pytest
 import pytest_asyncio
+import test_search_path
 from attacks import Victim
+from conftest import SINGLE
 from driver import Connection
 from shapes import SHAPES, without_owner
 
@@ -274,3 +276,117 @@ async def test_key_without_the_meaning_of_its_collision(
 ) -> None:
     monkeypatch.delitem(errors._BY_CONSTRAINT, "pk_idempotency_keys")
     await fails(keys.second_call_finds_the_first, scene)
+
+
+@pytest_asyncio.fixture
+async def single(single_url: str) -> AsyncGenerator[Database]:
+    """A Database whose calls take one round trip, on one connection for all users."""
+    async with Database.from_url(single_url, pool_size=1, max_overflow=0) as database:
+        await database.users.create("alice", email="alice@example.org", name="Alice")
+        yield database
+
+
+@pytest_asyncio.fixture
+async def single_scene(single: Database, owner: Connection) -> Scene:
+    return single, owner, await attacks.plant_victim(single)
+
+
+type Preparation = Callable[[Database, Connection], Awaitable[None]]
+
+
+async def free_operators(single: Database, superuser: Connection) -> None:
+    """Let the planner evaluate conditions in an order that their cost does not decide."""
+    database = await superuser.fetchval("SELECT current_database()")
+    await superuser.execute(f"ALTER ROLE {SINGLE} IN DATABASE {database} SET cpu_operator_cost = 0")
+    await single.close()
+    await single.open()
+
+
+async def hostile_path(single: Database, superuser: Connection) -> None:
+    """Let the names of the tables alone mean copies of them."""
+    await test_search_path.plant(superuser)
+    await single.close()
+    await single.open()
+
+
+@pytest.mark.parametrize("prepare", [free_operators, hostile_path])
+@pytest.mark.parametrize(
+    "check",
+    [
+        attacks.own_rows_are_found_in_one_trip,
+        attacks.nothing_stays_of_one_trip,
+        attacks.repositories_do_not_cross,
+    ],
+    ids=lambda check: check.__name__,
+)
+async def test_check_passes_in_one_trip_with_every_defence(
+    single_scene: Scene, superuser: Connection, prepare: Preparation, check: Check
+) -> None:
+    await prepare(single_scene[0], superuser)
+    await check(*single_scene)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "prepare", "check"),
+    [
+        (
+            "select(user).scalar_subquery().is_not(None)",
+            "true()",
+            None,
+            attacks.own_rows_are_found_in_one_trip,
+        ),
+        ("owner, true())", "owner, ~true())", None, attacks.nothing_stays_of_one_trip),
+        (
+            'result.prefix_with("MATERIALIZED")',
+            "result",
+            free_operators,
+            attacks.own_rows_are_found_in_one_trip,
+        ),
+        (
+            'schema_translate_map={None: "public"}',
+            "schema_translate_map={}",
+            hostile_path,
+            attacks.own_rows_are_found_in_one_trip,
+        ),
+        (
+            "func.pg_catalog.set_config",
+            "func.set_config",
+            hostile_path,
+            attacks.own_rows_are_found_in_one_trip,
+        ),
+    ],
+    ids=["condition", "end of the user id", "MATERIALIZED", "schema", "schema of set_config"],
+)
+async def test_one_trip_without(  # noqa: PLR0913  # what is replaced, where and who sees it
+    *,
+    single_scene: Scene,
+    superuser: Connection,
+    old: str,
+    new: str,
+    prepare: Preparation | None,
+    check: Check,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    function = vars(Statement)["alone"].func
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1
+    namespace = dict(function.__globals__)
+    exec(compile(source.replace(old, new), "<mutant>", "exec"), namespace)  # noqa: S102
+    for statement in SHAPES.values():
+        monkeypatch.setitem(statement.__dict__, "alone", namespace["alone"].func(statement))
+    if prepare is not None:
+        await prepare(single_scene[0], superuser)
+    await fails(check, single_scene)
+
+
+@pytest.mark.parametrize("shape", ["tasks_page-newest", "tasks_get", "tasks_delete_many"])
+async def test_one_trip_without_its_owner_and_row_security(
+    single_scene: Scene, owner: Connection, shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statement = SHAPES[shape]
+    await attacks.disable_row_security(owner)
+    compiled = statement.alone
+    forgetful = compiled._replace(sql=without_owner(compiled.sql))
+    assert forgetful != compiled
+    monkeypatch.setitem(statement.__dict__, "alone", forgetful)
+    await fails(attacks.repositories_do_not_cross, single_scene)
