@@ -182,9 +182,8 @@ async def work(url, kind, calls, forced):
     result = {"acknowledged": 0, "failed": [], "wrong": 0}
     settings = {"prepared_statements": True} if forced else {}
     async with Database.from_url(url, **settings) as db:
-        print("ready", flush=True)
         await {"reads": reads, "changes": changes}[kind](db, result, calls)
-    print(json.dumps(result), flush=True)
+    os.write(1, json.dumps(result).encode() + b"\\n")  # One piece: forked siblings print at once.
 """
 _ALONE: Final = f"""{_WORKER}
 url, kind, calls, forced = sys.argv[1:]
@@ -248,7 +247,7 @@ class Workers:
         async with asyncio.timeout(120):
             output, _ = await process.communicate()
         assert process.returncode == 0
-        return [json.loads(line) for line in output.decode().splitlines() if line != "ready"]
+        return [json.loads(line) for line in output.decode().splitlines()]
 
     async def assert_unchanged(self) -> None:
         assert await self.rows() == self._before
