@@ -1033,6 +1033,16 @@ class TestMistakes:
             await tx.tasks.create("alice", "after")
         assert await db.tasks.count("alice") == 2
 
+    @pytest.mark.parametrize("sql", ["SELECT 'a\x00b'", "SELECT '\ud800'"], ids=["NUL", "lone"])
+    async def test_text_that_the_protocol_cannot_carry_changes_nothing(
+        self, db: Database, sql: str
+    ) -> None:
+        async with db.transaction("alice") as tx:
+            with pytest.raises(InvalidInputError):
+                await tx.execute(text(sql))
+            await tx.tasks.create("alice", "after")
+        assert await db.tasks.count("alice") == 1
+
     @pytest.mark.parametrize("count", [2, 300, 5000])
     @pytest.mark.parametrize("returning", [False, True])
     async def test_T6_many_rows_with_a_wrong_one_store_none(

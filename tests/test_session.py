@@ -712,16 +712,25 @@ class TestNested:
         assert await stored(owner) == [("alice", "taken")]
         assert await db.tasks.count("alice") == 2
 
-    @pytest.mark.parametrize("wrong", [{"name": "taken"}, {"name": "x", "size": "text"}])
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            lambda: Label(name="taken"),
+            lambda: Label(name="x", size="text"),
+            # The label is sent, and then asyncpg refuses the value of its note.
+            lambda: Label(name="sent", notes=[Note(body=5)]),
+        ],
+        ids=["conflict", "value", "value after a row"],
+    )
     async def test_flush_that_fails_outside_stores_nothing(
-        self, db: Database, owner: Connection, wrong: dict[str, object]
+        self, db: Database, owner: Connection, wrong: Callable[[], Label]
     ) -> None:
         """What the flush had sent before, the session has forgotten, and the server has not."""
         await plant(owner, "alice", "taken")
         with pytest.raises(TransactionAbortedError):
             async with db.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
-                tx.session().add_all([Task(title="sent"), Label(name="sent"), Label(**wrong)])
+                tx.session().add_all([Task(title="sent"), wrong()])
                 with pytest.raises((ConflictError, DBAPIError)):
                     await tx.session().flush()
                 for call in (

@@ -20,7 +20,7 @@ from typing import Final
 
 import asyncpg
 
-from todo_db.engine import Pool, PooledConnection
+from todo_db.engine import STALE_ROWS, STALE_STATEMENT, Pool, PooledConnection
 from todo_db.errors import (
     OutcomeUnknownError,
     TodoDBError,
@@ -47,9 +47,6 @@ _NOT_SENT: Final = re.compile(
     "|no more connections allowed|invalid server parameter|server connection closed"
     "|cannot switch to state"
 )
-# The rows cannot be read as they were described. By then the statement was executed.
-_READ_TOO_LATE: Final = (BufferError, asyncpg.OutdatedSchemaCacheError)
-_STALE: Final = (asyncpg.InvalidCachedStatementError, asyncpg.InvalidSQLStatementNameError)
 
 
 async def fetch(
@@ -106,13 +103,13 @@ def _is_answer(error: Exception, connection: PooledConnection) -> bool:
     """Whether the server answered, or the driver refused a value, and the session goes on."""
     if connection.driver.is_closed():
         return False
-    return is_server_error(error) or isinstance(error, (asyncpg.InterfaceError, *_READ_TOO_LATE))
+    return is_server_error(error) or isinstance(error, (asyncpg.InterfaceError, *STALE_ROWS))
 
 
 def _answered(error: Exception, pool: Pool, *, is_change: bool) -> TodoDBError:
-    if isinstance(error, (*_STALE, *_READ_TOO_LATE)):  # pragma: no cover  # marked pooler
+    if isinstance(error, (*STALE_STATEMENT, *STALE_ROWS)):  # pragma: no cover  # marked pooler
         stale = pool.stale_statement(error)
-        if is_change and isinstance(error, _READ_TOO_LATE):
+        if is_change and isinstance(error, STALE_ROWS):
             return OutcomeUnknownError()
         return stale
     if getattr(error, "sqlstate", "") == "25006":  # pragma: no cover  # marked fault

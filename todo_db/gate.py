@@ -30,9 +30,10 @@ import asyncpg
 from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from todo_db.engine import Pool, PooledConnection
+from todo_db.engine import STALE_ROWS, STALE_STATEMENT, Pool, PooledConnection
 from todo_db.errors import (
     ConcurrentUseError,
+    InvalidInputError,
     IsolationError,
     OutcomeUnknownError,
     TodoDBError,
@@ -52,14 +53,9 @@ from todo_db.session import TransactionSession
 _ALLOWED: Final = re.compile(
     r"[\s(]*(delete|explain|insert|merge|select|show|table|update|values|with)\b", re.IGNORECASE
 )
+# What UTF-8 and the protocol cannot carry. The server would close the connection.
+_UNSENDABLE: Final = re.compile("[\x00\ud800-\udfff]")
 _ROLLBACK_SECONDS: Final = 2.0
-# The schema changed under a prepared statement, or the server no longer has it.
-_STALE_STATEMENT_ERRORS: Final = (
-    asyncpg.InvalidCachedStatementError,
-    asyncpg.InvalidSQLStatementNameError,
-    asyncpg.OutdatedSchemaCacheError,
-    BufferError,
-)
 
 _logger: Final = logging.getLogger("todo_db")
 
@@ -122,6 +118,8 @@ class TransactionGate:
             raise TransactionError(
                 "a statement may only read or write rows, and begins with the word that says so"
             )
+        if _UNSENDABLE.search(text):
+            raise InvalidInputError("statement", "must not contain NUL or lone surrogates")
         self._enter()
         self.connection.has_own_sql = True
         try:
@@ -275,7 +273,7 @@ class TransactionGate:
 
     def _stale(self, error: BaseException) -> TodoDBError | None:
         for each in (error, error.__cause__):
-            if isinstance(each, _STALE_STATEMENT_ERRORS):
+            if isinstance(each, (*STALE_STATEMENT, *STALE_ROWS)):
                 return self._pool.stale_statement(each)
         return None
 

@@ -24,6 +24,14 @@ from todo_db.errors import TransactionError
 DRIVERNAME: Final = "postgresql+todo_db"
 """The name under which SQLAlchemy finds `Dialect`."""
 
+STALE_STATEMENT: Final = (
+    asyncpg.InvalidCachedStatementError,
+    asyncpg.InvalidSQLStatementNameError,
+)
+"""The schema changed under a prepared statement, or the server has lost it: it was not run."""
+STALE_ROWS: Final = (asyncpg.OutdatedSchemaCacheError, BufferError)
+"""The rows cannot be read as they were described. By then the statement was run."""
+
 _NOT_YOURS: Final = (
     "the transaction of todo_db begins and ends with its block: it is committed there, or rolled "
     "back if the block raises an error; to undo a part of it, use savepoint()"
