@@ -243,10 +243,10 @@ class TestRoles:
             ORDER BY 1
         """)
         assert [row[0] for row in held] == [
-            "todo_db_version:SELECT",
             "idempotency_keys:SELECT",
             "tasks:DELETE",
             "tasks:SELECT",
+            "todo_db_version:SELECT",
             "users:DELETE",
             "users:SELECT",
         ]
@@ -411,7 +411,8 @@ class TestPolicies:
             plan = "\n".join(
                 map(str, await rows(tx, "EXPLAIN SELECT * FROM tasks WHERE user_id = 'alice'"))
             )
-    
+            once = "One-Time Filter: (NULLIF((InitPlan 1).col1, ''::text) = 'alice'::text)"
+            assert once in plan
 
 
 class TestObjects:
