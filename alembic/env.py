@@ -12,16 +12,23 @@ from alembic.operations import MigrationScript
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.schema import SchemaItem
 
-from todo_db.errors import TodoDBError, translated
-from todo_db.migrations import LOCK_SQL, direct_engine
+from todo_db.errors import ConfigurationError, TodoDBError, translated
+from todo_db.migrations import LOCK_SQL, VERSION_TABLE, direct_engine
 from todo_db.models import Base
 
 # Better Auth's plugins may add columns to these tables.
 _SHARED = frozenset({"users", "sessions", "accounts", "verifications", "jwks"})
+# Before its first release, this package used Alembic's own name for its version table.
+_HAS_OLD_NAME = text(f"""
+    SELECT to_regclass('public.{VERSION_TABLE}') IS NULL
+        AND to_regclass('public.alembic_version') IS NOT NULL
+        AND EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass('public.tasks')
+            AND conname = 'ck_tasks_title_not_blank')
+""")
 
 
 def _number(
@@ -56,6 +63,7 @@ def _run(connection: Connection | None) -> None:
         connection=connection,
         dialect_name="postgresql",
         target_metadata=Base.metadata,
+        version_table=VERSION_TABLE,
         literal_binds=connection is None,
         # With the default, an offline script would double every percent sign.
         dialect_opts={"paramstyle": "named"},
@@ -67,7 +75,28 @@ def _run(connection: Connection | None) -> None:
     with context.begin_transaction():
         for statement in LOCK_SQL:
             context.execute(statement)
-        context.run_migrations()
+        if connection is not None and connection.scalar(_HAS_OLD_NAME):
+            raise ConfigurationError(
+                "the version table of an earlier todo_db has its old name: "
+                f"ALTER TABLE alembic_version RENAME TO {VERSION_TABLE}"
+            )
+        try:
+            context.run_migrations()
+        except CommandError:
+            if connection is None or not _has_unknown_revision():
+                raise
+        else:
+            return
+        raise ConfigurationError(
+            f"{VERSION_TABLE} names a migration that this package does not have: the database is "
+            "newer than this package, or the table belongs to another project"
+        )
+
+
+def _has_unknown_revision() -> bool:
+    script = ScriptDirectory.from_config(context.config)
+    known = {revision.revision for revision in script.walk_revisions()}
+    return not known.issuperset(context.get_context().get_current_heads())
 
 
 async def _connected(engine: AsyncEngine) -> AsyncConnection:

@@ -365,7 +365,7 @@ async def open_policy_is_fenced(db: Database, owner: Connection, victim: Victim)
 
 
 async def granted_tables_are_fenced(_db: Database, owner: Connection, _victim: Victim) -> None:
-    """Every table that the role may use, except alembic_version, has both policies."""
+    """Every table that the role may use, except todo_db_version, has both policies."""
     found = await owner.fetch("""
         SELECT c.relname, c.relrowsecurity, c.relforcerowsecurity, (
             SELECT array_agg(p.polname::text || p.polpermissive || p.polcmd::text
@@ -374,7 +374,7 @@ async def granted_tables_are_fenced(_db: Database, owner: Connection, _victim: V
             WHERE p.polrelid = c.oid AND p.polroles = ARRAY['todo_app'::regrole::oid]
         ) AS policies
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND c.relname <> 'alembic_version'
+        WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f') AND c.relname <> 'todo_db_version'
             AND n.nspname NOT IN ('pg_catalog', 'information_schema')
             AND has_any_column_privilege('todo_app', c.oid, 'SELECT, INSERT, UPDATE')
         ORDER BY c.relname

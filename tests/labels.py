@@ -44,7 +44,7 @@ _TABLES: Final = """
         $$ BEGIN NEW.updated_at := clock_timestamp(); RETURN NEW; END $$;
     CREATE TRIGGER touch BEFORE UPDATE ON labels FOR EACH ROW EXECUTE FUNCTION touch_label()
 """
-_MINE: Final = "user_id = (SELECT nullif(current_setting('todo_db.user_id', true), ''))"
+_MINE: Final = "user_id = nullif((SELECT current_setting('todo_db.user_id', true)), '')"
 
 
 async def create_tables(owner: Connection) -> None:

@@ -236,7 +236,7 @@ class TestRole:
         assert await user_id_of(browser)
         granted = await superuser.fetchval(
             "SELECT count(*) FROM pg_class, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE'])"
-            " privilege WHERE relname IN ('tasks', 'idempotency_keys', 'alembic_version')"
+            " privilege WHERE relname IN ('tasks', 'idempotency_keys', 'todo_db_version')"
             " AND has_table_privilege($1, oid, privilege)",
             AUTH,
         )

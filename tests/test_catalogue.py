@@ -95,9 +95,9 @@ class TestRead:
             (
                 "policies",
                 """DROP POLICY tasks_fence ON tasks; CREATE POLICY tasks_fence ON tasks TO todo_app
-                USING (user_id = (SELECT nullif(current_setting('todo_db.user_id', true), '')))
+                USING (user_id = nullif((SELECT current_setting('todo_db.user_id', true)), ''))
                 WITH CHECK
-                    (user_id = (SELECT nullif(current_setting('todo_db.user_id', true), '')))""",
+                    (user_id = nullif((SELECT current_setting('todo_db.user_id', true)), ''))""",
             ),
             # A1: row security
             ("relations", "ALTER TABLE tasks DISABLE ROW LEVEL SECURITY"),
@@ -161,7 +161,7 @@ class TestRead:
             ("grants", "REVOKE DELETE ON tasks FROM todo_app"),
             ("grants", "REVOKE UPDATE (completed) ON tasks FROM todo_app"),
             ("grants", "GRANT USAGE ON SEQUENCE tasks_id_seq TO todo_app"),
-            ("grants", "GRANT INSERT ON alembic_version TO todo_app"),
+            ("grants", "GRANT INSERT ON todo_db_version TO todo_app"),
             ("grants", "GRANT UPDATE (fingerprint) ON idempotency_keys TO todo_app"),
             ("grants", "GRANT DELETE ON idempotency_keys TO todo_app"),
             ("grants", "GRANT SELECT (token) ON sessions TO todo_app"),

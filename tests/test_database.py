@@ -246,10 +246,10 @@ class TestOpen:
 
     async def test_refuses_an_incomplete_schema(self, url: str, superuser: Connection) -> None:
         for damage in (
-            "UPDATE alembic_version SET version_num = '0001'",
-            "DELETE FROM alembic_version",
-            "REVOKE SELECT ON alembic_version FROM todo_app",
-            "DROP TABLE alembic_version",
+            "UPDATE todo_db_version SET version_num = '0001'",
+            "DELETE FROM todo_db_version",
+            "REVOKE SELECT ON todo_db_version FROM todo_app",
+            "DROP TABLE todo_db_version",
             "DROP TABLE tasks",
         ):
             await superuser.execute(damage)
@@ -268,7 +268,7 @@ class TestOpen:
         await database.close()
 
     async def test_accepts_a_newer_database(self, url: str, superuser: Connection) -> None:
-        await superuser.execute("UPDATE alembic_version SET version_num = '9999'")
+        await superuser.execute("UPDATE todo_db_version SET version_num = '9999'")
         async with Database.from_url(url) as database:
             health = await database.health()
         assert (health.ok, health.is_current, health.revision) == (True, True, "9999")
@@ -304,11 +304,11 @@ class TestOpen:
     async def test_refused_one_keeps_its_connections_after_a_repair(
         self, url: str, superuser: Connection
     ) -> None:
-        await superuser.execute("UPDATE alembic_version SET version_num = '0001'")
+        await superuser.execute("UPDATE todo_db_version SET version_num = '0001'")
         database = Database.from_url(url)
         with pytest.raises(SchemaError):
             await database.open()
-        await superuser.execute(f"UPDATE alembic_version SET version_num = '{REVISION}'")
+        await superuser.execute(f"UPDATE todo_db_version SET version_num = '{REVISION}'")
         async with database as db:
             backends = set[int]()
             for _ in range(3):
@@ -380,7 +380,7 @@ class TestHealth:
         assert health.problem is None
         assert health.is_current
         assert health.revision == await superuser.fetchval(
-            "SELECT version_num FROM alembic_version"
+            "SELECT version_num FROM todo_db_version"
         )
         version = await superuser.fetchval("SELECT current_setting('server_version')")
         assert health.server_version == version.split()[0]
@@ -415,14 +415,14 @@ class TestHealth:
     async def test_schema_that_became_older_or_vanished_while_open(
         self, database: Database, superuser: Connection
     ) -> None:
-        await superuser.execute("UPDATE alembic_version SET version_num = '0001'")
+        await superuser.execute("UPDATE todo_db_version SET version_num = '0001'")
         health = await database.health()
         assert (health.ok, health.problem, health.revision) == (False, "SchemaError", "0001")
         assert not health.is_current
         for change in (
-            "DELETE FROM alembic_version",
-            "REVOKE SELECT ON alembic_version FROM todo_app",
-            "DROP TABLE alembic_version",
+            "DELETE FROM todo_db_version",
+            "REVOKE SELECT ON todo_db_version FROM todo_app",
+            "DROP TABLE todo_db_version",
         ):
             await superuser.execute(change)
             health = await database.health()
@@ -433,7 +433,7 @@ class TestHealth:
     async def test_peer_that_never_answers_is_given_up_in_time(
         self, database_through_proxy: Database, proxy: Proxy
     ) -> None:
-        for pattern in (BEGIN, b"alembic_version", COMMIT):
+        for pattern in (BEGIN, b"todo_db_version", COMMIT):
             async with Database.from_url(
                 proxy.url, pool_size=1, max_overflow=0, prepared_statements=False
             ) as database:
@@ -449,7 +449,7 @@ class TestHealth:
 
     async def test_lost_connection(self, proxy: Proxy) -> None:
         # What is lost at the BEGIN is not applied, and begun again.
-        for pattern, problem in ((BEGIN, None), (b"alembic_version", "UnavailableError")):
+        for pattern, problem in ((BEGIN, None), (b"todo_db_version", "UnavailableError")):
             for fault in (Fault.CUT_BEFORE, Fault.CUT_AFTER):
                 async with Database.from_url(
                     proxy.url, pool_size=1, max_overflow=0, prepared_statements=False
@@ -471,7 +471,7 @@ class TestHealth:
             lock_timeout_seconds=0.05,
         ) as hasty:
             async with superuser.transaction():
-                await superuser.execute("LOCK alembic_version IN ACCESS EXCLUSIVE MODE")
+                await superuser.execute("LOCK todo_db_version IN ACCESS EXCLUSIVE MODE")
                 health = await hasty.health()
             assert (health.ok, health.problem) == (False, "CallTimeoutError")
             assert (await hasty.health()).ok

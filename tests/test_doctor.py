@@ -33,7 +33,7 @@ NEON = f"postgresql://alice:{MARKER}@ep-cool-1234-pooler.eu-central-1.aws.neon.t
 # Findings of every test server: it runs with fsync off, and is sound otherwise.
 SOUND: Found = {("durability-weakened", "fsync")}
 
-MINE = "user_id = (SELECT nullif(current_setting('todo_db.user_id', true), ''))"
+MINE = "user_id = nullif((SELECT current_setting('todo_db.user_id', true)), '')"
 NOTES = f"""
     CREATE TABLE notes (user_id text);
     ALTER TABLE notes ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
@@ -276,7 +276,7 @@ PLANTS = (
         "GRANT SELECT ON SEQUENCE tasks_id_seq TO todo_app",
     ),
     Weakness(
-        "grant-version", "public.alembic_version", "GRANT DELETE ON alembic_version TO PUBLIC"
+        "grant-version", "public.todo_db_version", "GRANT DELETE ON todo_db_version TO PUBLIC"
     ),
     Weakness("grant-temporary", DATABASE, f"GRANT TEMPORARY ON DATABASE {DATABASE} TO PUBLIC"),
     Weakness(
@@ -343,7 +343,7 @@ PLANTS = (
     # Everything else that the migrations created
     Weakness(
         "catalogue-missing",
-        "indexes: CREATE INDEX idx_tasks_user_id ON public.tasks USING btree (user_id, id)",
+        "indexes: CREATE UNIQUE INDEX idx_tasks_user_id ON public.tasks USING btree (user_id, id)",
         "DROP INDEX idx_tasks_user_id",
     ),
     Weakness(
@@ -382,22 +382,22 @@ PLANTS = (
         "GRANT pg_monitor TO todo_auth",
         "REVOKE pg_monitor FROM todo_auth",
     ),
-    Weakness("migrations-missing", "alembic_version", "DROP TABLE alembic_version"),
+    Weakness("migrations-missing", "todo_db_version", "DROP TABLE todo_db_version"),
     Weakness(
         "migrations-unreadable",
-        "public.alembic_version",
-        "REVOKE SELECT ON alembic_version FROM todo_app",
+        "public.todo_db_version",
+        "REVOKE SELECT ON todo_db_version FROM todo_app",
     ),
     Weakness(
         "migrations-unreadable",
-        "public.alembic_version",
+        "public.todo_db_version",
         "REVOKE USAGE ON SCHEMA public FROM PUBLIC, todo_app",
     ),
-    Weakness("migrations-behind", "public.alembic_version", "DELETE FROM alembic_version"),
+    Weakness("migrations-behind", "public.todo_db_version", "DELETE FROM todo_db_version"),
     Weakness(
         "migrations-behind",
-        "public.alembic_version",
-        "UPDATE alembic_version SET version_num = '0001'",
+        "public.todo_db_version",
+        "UPDATE todo_db_version SET version_num = '0001'",
     ),
 )
 ELSEWHERE = {
@@ -543,7 +543,7 @@ class TestExamine:
             ("ALTER TABLE tasks ENABLE ALWAYS TRIGGER update_tasks_updated_at", ""),
             # The expected catalogue of a newer revision is not known.
             (
-                "UPDATE alembic_version SET version_num = '9999'; DROP INDEX idx_tasks_user_id",
+                "UPDATE todo_db_version SET version_num = '9999'; DROP INDEX idx_tasks_user_id",
                 "",
             ),
             (
@@ -620,7 +620,7 @@ class TestExamine:
             ("grant-temporary", DATABASE),
             ("migrations-missing", "tasks"),
             ("migrations-missing", "users"),
-            ("migrations-unreadable", "public.alembic_version"),
+            ("migrations-unreadable", "public.todo_db_version"),
         }
 
     async def test_reports_what_is_missing_in_a_cluster_without_our_role(
@@ -631,7 +631,7 @@ class TestExamine:
             await server.create_database(DATABASE)
             assert await found(server, "postgres") == {
                 ("login-bypasses", "postgres"),
-                *(("migrations-missing", name) for name in ("alembic_version", "tasks", "users")),
+                *(("migrations-missing", name) for name in ("todo_db_version", "tasks", "users")),
                 ("migrations-missing", "todo_app"),
             }
 
@@ -736,11 +736,11 @@ class TestReport:
     @pytest.mark.parametrize(
         ("plant", "revision"),
         [
-            ("UPDATE alembic_version SET version_num = '0001'", "0001"),
-            ("UPDATE alembic_version SET version_num = '9999'", "9999"),
-            ("DELETE FROM alembic_version", None),
-            ("DROP TABLE alembic_version", None),
-            ("REVOKE SELECT ON alembic_version FROM todo_app", None),
+            ("UPDATE todo_db_version SET version_num = '0001'", "0001"),
+            ("UPDATE todo_db_version SET version_num = '9999'", "9999"),
+            ("DELETE FROM todo_db_version", None),
+            ("DROP TABLE todo_db_version", None),
+            ("REVOKE SELECT ON todo_db_version FROM todo_app", None),
         ],
     )
     async def test_has_the_last_migration(

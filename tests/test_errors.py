@@ -360,7 +360,7 @@ class TestConstraints:
             "UPDATE users SET username = 'bob' WHERE id = 'alice'": UsernameTakenError,
             "INSERT INTO tasks (user_id, title) VALUES ('alice', ' ')": InvalidInputError,
             "INSERT INTO tasks (user_id, title) VALUES ('bob', 'x')": IsolationError,
-            "DELETE FROM alembic_version": IsolationError,
+            "DELETE FROM todo_db_version": IsolationError,
             "SELECT nothing FROM tasks": SchemaError,
             "SELECT 1 FROM nothing": SchemaError,
         }

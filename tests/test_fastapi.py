@@ -614,7 +614,7 @@ class TestHealth:
     async def test_is_503_before_a_migration(
         self, signed_in: httpx.AsyncClient, owner: Connection
     ) -> None:
-        await owner.execute("UPDATE alembic_version SET version_num = '0001'")
+        await owner.execute("UPDATE todo_db_version SET version_num = '0001'")
         response = await signed_in.get("/health")
         expected = {"ok": False, "problem": "SchemaError"}
         assert (response.status_code, response.json()) == (503, expected)
@@ -681,7 +681,7 @@ class TestServer:
     async def test_does_not_start_on_a_database_that_is_not_migrated(
         self, url: str, owner: Connection
     ) -> None:
-        await owner.execute("UPDATE alembic_version SET version_num = '0001'")
+        await owner.execute("UPDATE todo_db_version SET version_num = '0001'")
         with pytest.raises(SchemaError):
             async with client(service(url)):
                 pass

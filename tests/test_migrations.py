@@ -36,8 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = sorted(script_directory().glob("versions/*.py"))
 # Alembic creates this table at its first run, and never drops it.
 ALEMBIC_TABLE = """
-    CREATE TABLE alembic_version
-    (version_num varchar(32) NOT NULL CONSTRAINT alembic_version_pkc PRIMARY KEY)
+    CREATE TABLE todo_db_version
+    (version_num varchar(32) NOT NULL CONSTRAINT todo_db_version_pkc PRIMARY KEY)
 """
 
 
@@ -411,7 +411,7 @@ class TestCommandLine:
         del config.attributes["url"]
         await asyncio.to_thread(command.upgrade, config, "0001")
         async with connected(empty) as connection:
-            version = await connection.fetchval("SELECT version_num FROM alembic_version")
+            version = await connection.fetchval("SELECT version_num FROM todo_db_version")
         assert version == "0001"
 
     async def test_runs_from_the_root(self, empty: str) -> None:

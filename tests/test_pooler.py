@@ -481,7 +481,7 @@ class TestMigrations:
         assert await owner.fetchval("SELECT to_regclass('tasks')") is None
         await upgrade(url)
         await upgrade(url)
-        assert await owner.fetchval("SELECT version_num FROM alembic_version") == REVISION
+        assert await owner.fetchval("SELECT version_num FROM todo_db_version") == REVISION
 
 
 @pytest.mark.parametrize("login", [LOGIN])

@@ -523,7 +523,7 @@ class TestBetterAuth:
     ) -> None:
         await add(people, 2)
         await add(people, 1, "bob")
-        for table in ("tasks", "idempotency_keys", "alembic_version"):
+        for table in ("tasks", "idempotency_keys", "todo_db_version"):
             for query in (
                 f"SELECT FROM {table}",
                 f"DELETE FROM {table}",

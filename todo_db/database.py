@@ -36,7 +36,7 @@ _CHECK: Final = """
     SELECT
         pg_backend_pid() AS server_pid,
         EXISTS (SELECT FROM pg_prepared_statements WHERE starts_with(name, $1)) AS keeps_our_names,
-        (SELECT max(version_num) FROM alembic_version) AS revision,
+        (SELECT max(version_num) FROM todo_db_version) AS revision,
         count(*) FILTER (WHERE c.oid IS NULL) AS missing,
         count(*) FILTER (WHERE NOT row_security_active(c.oid)) AS unfenced,
         count(*) FILTER (WHERE NOT c.relforcerowsecurity) AS unforced,
@@ -69,7 +69,7 @@ _CHECK: Final = """
 """
 _STATE: Final = """
     SELECT current_setting('server_version') AS server_version, max(version_num) AS revision
-    FROM public.alembic_version
+    FROM public.todo_db_version
 """
 # An aggregate always returns one row, even if there is no match.
 _CREDENTIAL: Final = "SELECT max(user_id), max(public_key) FROM public.find_credential($1, $2)"
@@ -399,7 +399,7 @@ class Database:
             try:
                 row = tuple(await scope.fetch_row(_CHECK, driver.statement_prefix, *timeouts))
             except IsolationError:
-                # The role may not read a version table that is not ours.
+                # The role may not read the version table.
                 raise SchemaError from None
         server_pid, keeps_our_names, revision, missing, *weaknesses = row[:-3]
         row_security, reason, differing = row[-3:]

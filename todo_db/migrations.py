@@ -23,6 +23,9 @@ LOCK_SQL: Final = (
     "SET LOCAL search_path = public, pg_temp",
 )
 
+VERSION_TABLE: Final = "todo_db_version"
+"""The last migration that ran. Alembic's own `alembic_version` may be another project's."""
+
 # Alembic keeps its state in module globals.
 _one_at_a_time: Final = Lock()
 

@@ -39,8 +39,9 @@ _VISIBLE: Final = (
     r"\u205f-\u2064\u2066-\u206f\u3000\ufeff]"
 )
 # Python's datetime has no infinity and no years BC; the margin allows for any time zone.
+_CREATED: Final = "created_at >= '0001-01-02 00:00:00+00' AND created_at < '9999-12-31 00:00:00+00'"
 _TIMESTAMPS: Final = (
-    "created_at >= '0001-01-02 00:00:00+00' AND created_at < '9999-12-31 00:00:00+00' AND "
+    f"{_CREATED} AND "
     "updated_at >= '0001-01-02 00:00:00+00' AND updated_at < '9999-12-31 00:00:00+00'"
 )
 
@@ -109,7 +110,8 @@ class Task(Base):
             f"char_length(description) <= {DESCRIPTION_MAX}", name="description_length"
         ),
         CheckConstraint(_TIMESTAMPS, name="timestamps_range"),
-        Index("idx_tasks_user_id", "user_id", "id"),
+        # A composite foreign key of a user's child table needs it to be unique.
+        Index("idx_tasks_user_id", "user_id", "id", unique=True),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
@@ -128,6 +130,7 @@ class IdempotencyKey(Base):
     __table_args__ = (
         CheckConstraint(f"char_length(key) BETWEEN 1 AND {KEY_MAX}", name="key_length"),
         CheckConstraint("char_length(fingerprint) = 64", name="fingerprint_length"),
+        CheckConstraint(_CREATED, name="timestamps_range"),
     )
 
     user_id: Mapped[str] = _user_id(primary_key=True)

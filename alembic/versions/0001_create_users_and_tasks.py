@@ -64,17 +64,22 @@ def upgrade() -> None:
         ),
         sa.CheckConstraint(_TIMESTAMPS, name=op.f("ck_tasks_timestamps_range")),
     )
-    op.create_index("idx_tasks_user_id", "tasks", ["user_id", "id"])
+    # Unique, so that a composite foreign key of a user's child table can refer to it.
+    op.create_index("idx_tasks_user_id", "tasks", ["user_id", "id"], unique=True)
 
     # `updated_at` is a version: it must grow even if the clock goes back, and between two updates
-    # of one transaction, where now() does not change.
+    # of one transaction, where now() does not change. After the last moment that the check allows
+    # it returns to the clock: it no longer grows, but it changes.
     op.execute("""
         CREATE FUNCTION set_updated_at() RETURNS trigger
         LANGUAGE plpgsql SET search_path = '' AS $$
         BEGIN
-            NEW.updated_at := GREATEST(
-                pg_catalog.clock_timestamp(), OLD.updated_at + interval '1 microsecond'
-            );
+            NEW.updated_at := pg_catalog.clock_timestamp();
+            IF OLD.updated_at < '9999-12-30 23:59:59.999999+00' THEN
+                NEW.updated_at := GREATEST(
+                    NEW.updated_at, OLD.updated_at + interval '1 microsecond'
+                );
+            END IF;
             RETURN NEW;
         END
         $$

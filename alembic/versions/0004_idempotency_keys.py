@@ -36,12 +36,16 @@ def upgrade() -> None:
         sa.CheckConstraint(
             "char_length(fingerprint) = 64", name=op.f("ck_idempotency_keys_fingerprint_length")
         ),
+        sa.CheckConstraint(
+            "created_at >= '0001-01-02 00:00:00+00' AND created_at < '9999-12-31 00:00:00+00'",
+            name=op.f("ck_idempotency_keys_timestamps_range"),
+        ),
     )
     # Neither UPDATE nor DELETE: without its key, a call could store its tasks again.
     op.execute(
         "GRANT SELECT, INSERT (user_id, key, fingerprint, task_ids) ON idempotency_keys TO todo_app"
     )
-    mine = "user_id = (SELECT nullif(current_setting('todo_db.user_id', true), ''))"
+    mine = "user_id = nullif((SELECT current_setting('todo_db.user_id', true)), '')"
     op.execute("ALTER TABLE idempotency_keys ENABLE ROW LEVEL SECURITY")
     op.execute("ALTER TABLE idempotency_keys FORCE ROW LEVEL SECURITY")
     op.execute(

@@ -155,10 +155,10 @@ async def _compare(connection: PooledConnection, found: list[tuple[str, str]]) -
     driver = connection.driver
     await driver.execute(f"SET LOCAL ROLE {ROLE}")
     revision = cast(
-        "str | None", await driver.fetchval("SELECT max(version_num) FROM public.alembic_version")
+        "str | None", await driver.fetchval("SELECT max(version_num) FROM public.todo_db_version")
     )
     if revision is None or revision < REVISION:
-        found.append(("migrations-behind", "public.alembic_version"))
+        found.append(("migrations-behind", "public.todo_db_version"))
     elif revision == REVISION and all(code.startswith(_ELSEWHERE) for code, _ in found):
         await driver.execute(SETTINGS)
         found += differences(catalogued((row[0], row[1]) for row in await driver.fetch(STATEMENT)))

@@ -153,17 +153,21 @@ STATEMENT: Final = _COMMON + " UNION ALL ".join(
 )
 
 
-_BOUNDED: Final = " AND ".join(
-    f"({column} {bound}::timestamp with time zone)"
-    for column in ("created_at", "updated_at")
-    for bound in (">= '0001-01-02 00:00:00+00'", "< '9999-12-31 00:00:00+00'")
-)
+def _bounded(*columns: str) -> str:
+    return " AND ".join(
+        f"({column} {bound}::timestamp with time zone)"
+        for column in columns
+        for bound in (">= '0001-01-02 00:00:00+00'", "< '9999-12-31 00:00:00+00'")
+    )
+
+
+_BOUNDED: Final = _bounded("created_at", "updated_at")
 _VISIBLE: Final = (
     r"[^\u0001-\u0020\u007f-\u00a0\u00ad\u1680\u180e\u2000-\u200f\u2028-\u202f"
     r"\u205f-\u2064\u2066-\u206f\u3000\ufeff]"
 )
 _CALLER: Final = (
-    "( SELECT NULLIF(current_setting('todo_db.user_id'::text, true), ''::text) AS \"nullif\")"
+    "NULLIF(( SELECT current_setting('todo_db.user_id'::text, true) AS current_setting), ''::text)"
 )
 _TEXT_ID: Final = "id text NOT NULL DEFAULT (gen_random_uuid())::text"
 _TIMESTAMP: Final = "timestamp with time zone"
@@ -178,7 +182,7 @@ EXPECTED: Final[Catalogue] = {
     "schemas": {"public"},
     "relations": {
         "sequence public.tasks_id_seq",
-        "table public.alembic_version",
+        "table public.todo_db_version",
         *(f"table public.{table} ENABLE ROW LEVEL SECURITY" for table in _AUTH),
         *(
             f"table public.{table} ENABLE ROW LEVEL SECURITY FORCE ROW LEVEL SECURITY"
@@ -200,7 +204,7 @@ EXPECTED: Final[Catalogue] = {
         "accounts 11 password text",
         f"accounts 12 created_at {_NOW}",
         f"accounts 13 updated_at {_NOW}",
-        "alembic_version 1 version_num character varying(32) NOT NULL",
+        "todo_db_version 1 version_num character varying(32) NOT NULL",
         "idempotency_keys 1 user_id text NOT NULL",
         "idempotency_keys 2 key text NOT NULL",
         "idempotency_keys 3 fingerprint text NOT NULL",
@@ -253,7 +257,7 @@ EXPECTED: Final[Catalogue] = {
             " REFERENCES users(id) ON DELETE CASCADE"
             for table in _OF_USERS
         ),
-        "alembic_version alembic_version_pkc PRIMARY KEY (version_num)",
+        "todo_db_version todo_db_version_pkc PRIMARY KEY (version_num)",
         (
             "idempotency_keys ck_idempotency_keys_fingerprint_length"
             " CHECK ((char_length(fingerprint) = 64))"
@@ -261,6 +265,10 @@ EXPECTED: Final[Catalogue] = {
         (
             "idempotency_keys ck_idempotency_keys_key_length"
             " CHECK (((char_length(key) >= 1) AND (char_length(key) <= 255)))"
+        ),
+        (
+            "idempotency_keys ck_idempotency_keys_timestamps_range"
+            f" CHECK (({_bounded('created_at')}))"
         ),
         "idempotency_keys pk_idempotency_keys PRIMARY KEY (user_id, key)",
         "sessions uq_sessions_token UNIQUE (token)",
@@ -277,12 +285,12 @@ EXPECTED: Final[Catalogue] = {
         f"CREATE {unique}INDEX {name} ON public.{table} USING btree ({columns})"
         for unique, name, table, columns in (
             *(("UNIQUE ", f"pk_{table}", table, "id") for table in (*_AUTH, "tasks", "users")),
-            ("UNIQUE ", "alembic_version_pkc", "alembic_version", "version_num"),
+            ("UNIQUE ", "todo_db_version_pkc", "todo_db_version", "version_num"),
             ("UNIQUE ", "pk_idempotency_keys", "idempotency_keys", "user_id, key"),
             ("UNIQUE ", "uq_sessions_token", "sessions", "token"),
             ("UNIQUE ", "uq_users_email", "users", "email"),
             ("UNIQUE ", "uq_users_username", "users", "username"),
-            ("", "idx_tasks_user_id", "tasks", "user_id, id"),
+            ("UNIQUE ", "idx_tasks_user_id", "tasks", "user_id, id"),
             ("", "ix_accounts_user_id", "accounts", "user_id"),
             ("", "ix_sessions_user_id", "sessions", "user_id"),
             ("", "ix_verifications_identifier", "verifications", "identifier"),
@@ -319,8 +327,10 @@ EXPECTED: Final[Catalogue] = {
         ),
         (
             "CREATE OR REPLACE FUNCTION public.set_updated_at() RETURNS trigger LANGUAGE plpgsql"
-            " SET search_path TO '' AS $function$ BEGIN NEW.updated_at := GREATEST("
-            " pg_catalog.clock_timestamp(), OLD.updated_at + interval '1 microsecond' );"
+            " SET search_path TO '' AS $function$ BEGIN"
+            " NEW.updated_at := pg_catalog.clock_timestamp();"
+            " IF OLD.updated_at < '9999-12-30 23:59:59.999999+00' THEN NEW.updated_at :="
+            " GREATEST( NEW.updated_at, OLD.updated_at + interval '1 microsecond' ); END IF;"
             " RETURN NEW; END $function$ VOLATILE SECURITY INVOKER"
         ),
     },
@@ -343,7 +353,7 @@ EXPECTED: Final[Catalogue] = {
         "PUBLIC: USAGE ON SCHEMA public",
         "todo_app: USAGE ON SCHEMA public",
         "todo_app: EXECUTE ON FUNCTION find_credential(text,text)",
-        "todo_app: SELECT ON alembic_version",
+        "todo_app: SELECT ON todo_db_version",
         *(f"todo_app: SELECT ON {table}" for table in _OWNED),
         *(f"todo_app: DELETE ON {table}" for table in ("tasks", "users")),
         *(
@@ -373,7 +383,7 @@ EXPECTED: Final[Catalogue] = {
 }
 
 
-_TABLE: Final = f"({'|'.join(('alembic_version', *_AUTH, *_OWNED))})"
+_TABLE: Final = f"({'|'.join(('todo_db_version', *_AUTH, *_OWNED))})"
 
 _NONE: Final = re.compile("(?!)")
 # Lines that may be absent: grants to PUBLIC, and the attributes of the role todo_auth.

@@ -48,7 +48,7 @@ _COMMON: Final = """
             AND (has_any_column_privilege(app.oid, r.oid, 'SELECT, INSERT, UPDATE, REFERENCES')
                 OR has_table_privilege(app.oid, r.oid, 'DELETE, TRUNCATE, TRIGGER'))),
     stored AS (SELECT * FROM touched
-        WHERE relkind IN ('r', 'p', 'f') AND name <> 'public.alembic_version' AND NOT auths),
+        WHERE relkind IN ('r', 'p', 'f') AND name <> 'public.todo_db_version' AND NOT auths),
     policies AS (
         SELECT p.*, format('%I on %s', polname, name) AS policy, ours,
             pg_get_expr(polqual, polrelid) AS qual, pg_get_expr(polwithcheck, polrelid) AS checked,
@@ -65,8 +65,8 @@ _COMMON: Final = """
 """
 # The rule of the migrations, as every version of PostgreSQL prints it.
 _RULE: Final = (
-    r"^\((user_id|id) = \( SELECT NULLIF\(current_setting\('todo_db.user_id'::text, true\), "
-    r"""''::text\) AS "nullif"\)\)$"""
+    r"^\((user_id|id) = NULLIF\(\( SELECT current_setting\('todo_db.user_id'::text, true\) "
+    r"AS current_setting\), ''::text\)\)$"
 )
 
 CHECKS: Final[dict[str, Check]] = {
@@ -242,7 +242,7 @@ CHECKS: Final[dict[str, Check]] = {
     "grant-version": Check(
         f"{ROLE} may change which migrations are said to have run",
         f"REVOKE INSERT, UPDATE, DELETE ON {{}} FROM PUBLIC, {ROLE}",
-        """SELECT name FROM touched t, app WHERE name = 'public.alembic_version' AND
+        """SELECT name FROM touched t, app WHERE name = 'public.todo_db_version' AND
             (has_any_column_privilege(app.oid, t.oid, 'INSERT, UPDATE')
             OR has_table_privilege(app.oid, t.oid, 'DELETE'))""",
     ),
@@ -344,7 +344,7 @@ CHECKS: Final[dict[str, Check]] = {
     "migrations-missing": Check(
         "it is not there: the database is not migrated",
         "todo-db migrate",
-        """SELECT wanted FROM unnest(ARRAY['alembic_version', 'tasks', 'users']) wanted
+        """SELECT wanted FROM unnest(ARRAY['todo_db_version', 'tasks', 'users']) wanted
         WHERE NOT EXISTS (SELECT FROM relations WHERE name = 'public.' || wanted)
         UNION ALL SELECT 'todo_app' WHERE NOT EXISTS (SELECT FROM role)""",
     ),
@@ -352,7 +352,7 @@ CHECKS: Final[dict[str, Check]] = {
         f"{ROLE} may not read it, so it cannot tell which migrations have run",
         f"GRANT USAGE ON SCHEMA public TO {ROLE}; GRANT SELECT ON {{}} TO {ROLE}",
         """SELECT name FROM relations r JOIN spaces n ON n.oid = relnamespace, role
-        WHERE name = 'public.alembic_version'
+        WHERE name = 'public.todo_db_version'
             AND NOT (has_table_privilege(role.oid, r.oid, 'SELECT')
                 AND has_schema_privilege(role.oid, n.oid, 'USAGE'))""",
     ),
