@@ -1,29 +1,47 @@
-"""The tables that the migrations create: the base of all statements, and Alembic's target.
+"""The tables that the migrations create, and the mixins with which an application adds its own.
 
 A repository returns records, never these models. Alembic does not compare policies, grants,
-triggers, checks and identity columns; the tests compare them with a live database.
+triggers, checks and identity columns of the tables here; the tests compare them with a live
+database. For the tables of an application, `todo_db.operations` compares most of them.
 """
 
+from collections.abc import Iterator
 from datetime import datetime
-from typing import Final
+from typing import Any, ClassVar, Final, Literal, NamedTuple, cast
 
 from sqlalchemy import (
     ARRAY,
     BigInteger,
     CheckConstraint,
+    Column,
     DateTime,
     FetchedValue,
     ForeignKey,
+    ForeignKeyConstraint,
     Identity,
     Index,
     MetaData,
+    PrimaryKeyConstraint,
     String,
+    Table,
     Text,
+    UniqueConstraint,
     false,
     func,
     text,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    InstrumentedAttribute,
+    Mapped,
+    MappedColumn,
+    declared_attr,
+    mapped_column,
+)
+
+from todo_db import fence
+from todo_db.errors import ConfigurationError
+from todo_db.fence import OWNER, FenceOptions
 
 REVISION: Final = "0004"
 """The migration that creates these tables; a newer database works as well."""
@@ -67,10 +85,8 @@ def _text_id() -> Mapped[str]:
     return mapped_column(Text, primary_key=True, server_default=text("(gen_random_uuid())::text"))
 
 
-def _user_id(*, index: bool = False, primary_key: bool = False) -> Mapped[str]:
-    return mapped_column(
-        Text, ForeignKey("users.id", ondelete="CASCADE"), index=index, primary_key=primary_key
-    )
+def _user_id(*, index: bool = False) -> Mapped[str]:
+    return mapped_column(Text, ForeignKey("users.id", ondelete="CASCADE"), index=index)
 
 
 def _timestamp(*, server_onupdate: FetchedValue | None = None) -> Mapped[datetime]:
@@ -100,7 +116,196 @@ class User(Base):
     updated_at: Mapped[datetime] = _timestamp(server_onupdate=FetchedValue())
 
 
-class Task(Base):
+OUR_COLUMNS: Final[dict[str, frozenset[str]]] = {}
+"""The tables of todo_db and their columns, without those that an application adds."""
+
+
+class _Reference(NamedTuple):
+    """What `owned_reference` was called with, until its class is mapped."""
+
+    target: InstrumentedAttribute[Any] | str
+    ondelete: str
+    has_index: bool
+
+
+_REFERENCE: Final = "todo_db.reference"
+
+
+class Owned:
+    """A mixin for tables whose rows belong to one user each, behind the fence of todo_db.
+
+    It adds the column `user_id` with its foreign key to `users` (`ON DELETE CASCADE`), and the
+    unique key `(user_id, id)` if the class has an `id`, for `owned_reference` of other classes.
+    `user_id` is a part of the primary key if the application gives the key's values; an `id` that
+    PostgreSQL makes (`Identity(always=True)`, or a `server_default`) stays the key alone.
+
+    Autogenerate writes its table with `op.fence` (`todo_db.migrations.configure`). An INSERT of an
+    entity needs no `user_id`: `Transaction.session` fills it in.
+
+    Raises:
+        ConfigurationError: At the definition of a class through which one user could learn of
+            another one's rows: by a unique key, a primary key or a foreign key without `user_id`.
+    """
+
+    __table__: ClassVar[Any]
+    __fence__: ClassVar[FenceOptions] = {}
+    """Narrows what the application may do: `{"update": ["name"], "delete": False}`."""
+
+    @declared_attr
+    @classmethod
+    def user_id(cls) -> Mapped[str]:
+        """The user whose row this is."""
+        return mapped_column(
+            Text,
+            ForeignKey(User.__table__.c.id, ondelete="CASCADE"),
+            primary_key=any(_is_given_key(column) for column in _columns(cls)),
+            sort_order=-1,
+        )
+
+    def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401  # SQLAlchemy's
+        super().__init_subclass__(**options)
+        # An abstract class or a mixin has none.
+        if hasattr(cls, "__table__"):
+            _own(cls.__table__, cls.__fence__)
+
+
+class Shared:
+    """A mixin for tables that every user may read and no user may change, such as currencies.
+
+    Autogenerate writes its table with `op.share` (`todo_db.migrations.configure`).
+    """
+
+    __table__: ClassVar[Any]
+
+    def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401  # SQLAlchemy's
+        super().__init_subclass__(**options)
+        if hasattr(cls, "__table__"):
+            fence.declare(cls.__table__, "shared", {})
+
+
+class Timestamps:
+    """A mixin for `created_at` and `updated_at`, which PostgreSQL sets.
+
+    `updated_at` grows with every real change, by the trigger that the fence creates.
+    """
+
+    created_at: Mapped[datetime] = mapped_column(
+        DateTime(timezone=True), server_default=func.now(), sort_order=98
+    )
+    updated_at: Mapped[datetime] = mapped_column(
+        DateTime(timezone=True),
+        server_default=func.now(),
+        server_onupdate=FetchedValue(),
+        sort_order=99,
+    )
+
+
+def owned_reference[T](
+    target: InstrumentedAttribute[T] | str,
+    *,
+    primary_key: bool = False,
+    index: bool = True,
+    ondelete: Literal["CASCADE", "SET NULL", "RESTRICT", "NO ACTION"] = "CASCADE",
+) -> MappedColumn[T]:
+    """Return a column that names a row of another owned table, which belongs to the same user.
+
+    Its foreign key is `(user_id, column)`. A foreign key on the column alone would accept another
+    user's row, and tell which ids exist: PostgreSQL checks foreign keys without row-level security.
+
+    Args:
+        target: The column that it names, such as `Label.id`; as a string, such as `"messages.id"`,
+            for a row of the same table.
+        primary_key: Whether it is a part of the primary key, as in a table that links two others.
+        index: Whether to create an index on `(user_id, column)`, which deleting the other row
+            needs. An index or key of the table that begins so is used instead.
+        ondelete: What becomes of this row when the other one is deleted. `SET NULL` needs
+            `Mapped[int | None]`, and leaves `user_id` as it is.
+    """
+    return mapped_column(
+        primary_key=primary_key, info={_REFERENCE: _Reference(target, ondelete, index)}
+    )
+
+
+def _columns(cls: type) -> Iterator[Column[Any]]:
+    """Yield the columns that a class declares, or inherits from mixins, before it is mapped."""
+    for each in cls.__mro__:
+        for value in vars(each).values():
+            if isinstance(value, MappedColumn):
+                yield value.column  # pyright: ignore[reportUnknownMemberType]  # of any type
+
+
+def _is_given_key(column: Column[Any]) -> bool:
+    is_made = column.identity is not None or column.server_default is not None
+    return column.primary_key and not is_made
+
+
+def _own(table: Table, options: FenceOptions) -> None:
+    for column in table.c:
+        if reference := column.info.pop(_REFERENCE, None):
+            _refer(table, column, reference)
+    if "id" in table.c and not _is_indexed(table, [OWNER, "id"], unique=True):
+        table.append_constraint(UniqueConstraint(OWNER, "id"))
+    if table.name in OUR_COLUMNS and table.schema is None:
+        _check_added(table)
+    fence.declare(table, "owned", options)
+    fence.check(table)
+
+
+def _check_added(table: Table) -> None:
+    """Refuse a column of an application that the repositories would have to give a value."""
+    for column in table.c:
+        is_ours = column.name in OUR_COLUMNS[table.name]
+        has_default = column.default is not None or column.onupdate is not None
+        if not is_ours and (has_default or (column.server_default is None and not column.nullable)):
+            raise ConfigurationError(
+                f"{table.name}.{column.name} is added to a table of todo_db, whose repositories do "
+                "not know it: make it nullable, or give it a server_default"
+            )
+
+
+def _refer(table: Table, column: Column[Any], reference: _Reference) -> None:
+    target, ondelete, has_index = reference
+    if isinstance(target, str):
+        name, _, key = target.rpartition(".")
+        if name not in {table.name, table.fullname} or key not in table.c:
+            raise ConfigurationError(
+                f"{table.fullname}.{column.name}: a string names a column of the same table; name "
+                "one of another class by its attribute, such as Label.id"
+            )
+        parent = table.c[key]
+    else:
+        parent = cast("Column[Any]", target.property.columns[0])
+    column.type = parent.type
+    if ondelete == "SET NULL":
+        if not column.nullable:
+            raise ConfigurationError(
+                f"{table.fullname}.{column.name}: ondelete='SET NULL' needs Mapped[… | None]"
+            )
+        # Without the list, user_id would become NULL as well.
+        ondelete = f"SET NULL ({column.name})"
+    table.append_constraint(
+        ForeignKeyConstraint(
+            [table.c[OWNER], column], [parent.table.c[OWNER], parent], ondelete=ondelete
+        )
+    )
+    if has_index and not _is_indexed(table, [OWNER, column.name]):
+        Index(fence.object_name("ix", table.name, OWNER, column.name), table.c[OWNER], column)
+
+
+def _is_indexed(table: Table, names: list[str], *, unique: bool = False) -> bool:
+    """Whether an index or a key of the table begins with these columns, in this order."""
+    keys = [
+        constraint.columns.values()
+        for constraint in table.constraints
+        if isinstance(constraint, PrimaryKeyConstraint | UniqueConstraint)
+    ]
+    keys += [index.columns.values() for index in table.indexes if index.unique or not unique]
+    return any(
+        [column.name for column in key][: None if unique else len(names)] == names for key in keys
+    )
+
+
+class Task(Owned, Timestamps, Base):
     """A task of one user."""
 
     __tablename__ = "tasks"
@@ -114,16 +319,16 @@ class Task(Base):
         Index("idx_tasks_user_id", "user_id", "id", unique=True),
     )
 
-    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
-    user_id: Mapped[str] = _user_id()
+    # Before user_id, so that PostgreSQL need not fill up a row to align it.
+    id: Mapped[int] = mapped_column(
+        BigInteger, Identity(always=True), primary_key=True, sort_order=-2
+    )
     title: Mapped[str] = mapped_column(String(TITLE_MAX))
     description: Mapped[str | None] = mapped_column(Text)
     completed: Mapped[bool] = mapped_column(server_default=false())
-    created_at: Mapped[datetime] = _timestamp()
-    updated_at: Mapped[datetime] = _timestamp(server_onupdate=FetchedValue())
 
 
-class IdempotencyKey(Base):
+class IdempotencyKey(Owned, Base):
     """The tasks that one call created, so that a repeated call is recognised by its key."""
 
     __tablename__ = "idempotency_keys"
@@ -133,7 +338,6 @@ class IdempotencyKey(Base):
         CheckConstraint(_CREATED, name="timestamps_range"),
     )
 
-    user_id: Mapped[str] = _user_id(primary_key=True)
     key: Mapped[str] = mapped_column(Text, primary_key=True)
     fingerprint: Mapped[str] = mapped_column(Text)
     task_ids: Mapped[list[int]] = mapped_column(ARRAY(BigInteger))
@@ -204,3 +408,19 @@ class SigningKey(Base):
     crv: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = _timestamp()
     expires_at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+
+
+# A class of an application that derives from one above adds its columns and keys to its table.
+OUR_COLUMNS.update(
+    (table.name, frozenset(column.name for column in table.c))
+    for table in Base.metadata.sorted_tables
+)
+OUR_NAMES: Final = frozenset(
+    str(name)
+    for table in Base.metadata.sorted_tables
+    for name in (
+        *(constraint.name for constraint in table.constraints),
+        *(index.name for index in table.indexes),
+    )
+)
+"""The names of their constraints and indexes."""

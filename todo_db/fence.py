@@ -1,0 +1,282 @@
+"""What fences a table: its rows belong to one user each, or all users share them.
+
+`Owned` and `Shared` of `todo_db.models` declare it; `todo_db.operations` writes it into migrations.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Final, Literal, NamedTuple, TypedDict, cast
+
+from sqlalchemy import (
+    Column,
+    ForeignKeyConstraint,
+    Integer,
+    PrimaryKeyConstraint,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.dialects.postgresql import ExcludeConstraint
+from sqlalchemy.exc import NoReferencedColumnError, NoReferencedTableError
+
+from todo_db.errors import ConfigurationError
+
+OWNER: Final = "user_id"
+ROLE: Final = "todo_app"
+"""The role that the transactions of the application run as."""
+RULE: Final = "= nullif((SELECT current_setting('todo_db.user_id', true)), '')"
+"""Follows the name of the column that names the user, in every policy of an owned table."""
+
+# A key of `Column.info`. Of a table, Alembic would write the info into migrations.
+_DECLARED: Final = "todo_db"
+_LONGEST_NAME: Final = 63
+
+type Kind = Literal["owned", "shared"]
+
+
+class FenceOptions(TypedDict, total=False):
+    """What the application may do with an owned table, where that is not everything.
+
+    Attributes:
+        insert: The columns that it may set in a new row.
+        update: The columns that it may change.
+        delete: Whether it may delete rows.
+    """
+
+    insert: Sequence[str]
+    update: Sequence[str]
+    delete: bool
+
+
+def object_name(*parts: str) -> str:
+    """Return a name of an index, with a digest at its end if PostgreSQL would cut it."""
+    name = "_".join(parts)
+    if len(name.encode()) <= _LONGEST_NAME:
+        return name
+    digest = blake2b(name.encode(), digest_size=4).hexdigest()
+    return f"{name.encode()[: _LONGEST_NAME - 9].decode(errors='ignore')}_{digest}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """What the application may do with a table whose rows belong to one user each.
+
+    Attributes:
+        table: Its name.
+        schema: Its schema; None is the first one of the search path, `public`.
+        insert: The columns that it may set in a new row.
+        update: The columns that it may change.
+        delete: Whether it may delete rows.
+        touch: Whether a trigger sets `updated_at` when a row changes.
+        owner: The column that names the user.
+    """
+
+    table: str
+    schema: str | None = None
+    insert: tuple[str, ...] = ()
+    update: tuple[str, ...] = ()
+    delete: bool = True
+    touch: bool = False
+    owner: str = OWNER
+
+
+class _Declared(NamedTuple):
+    kind: Kind
+    options: FenceOptions
+
+
+def declare(table: Table, kind: Kind, options: FenceOptions) -> None:
+    """Note in the metadata that a table is owned or shared."""
+    for column in table.primary_key:
+        column.info[_DECLARED] = _Declared(kind, options)
+
+
+def kind_of(table: Table) -> Kind | None:
+    """Return whether a table was declared as owned or as shared."""
+    declared = _declared(table)
+    return None if declared is None else declared.kind
+
+
+def fence_of(table: Table) -> Fence:
+    """Return the fence that an owned table was declared with."""
+    declared = _declared(table)
+    options = FenceOptions() if declared is None else declared.options
+    insert = [column.name for column in table.c if _is_given(column)]
+    fixed = {OWNER, *(column.name for column in table.primary_key)}
+    update = [name for name in insert if name not in fixed]
+    return Fence(
+        table=table.name,
+        schema=table.schema,
+        insert=tuple(sorted(options.get("insert", insert))),
+        update=tuple(sorted(options.get("update", update))),
+        delete=options.get("delete", True),
+        touch=any(_is_touched(column) for column in table.c),
+    )
+
+
+def problems(table: Table) -> Iterator[str]:
+    """Yield what would let one user learn of another one's rows through an owned table."""
+    name = table.fullname
+    owner = table.c.get(OWNER)
+    if owner is None or owner.nullable or not isinstance(owner.type, Text):
+        yield f"{name} has no column {OWNER} text NOT NULL: derive its class from Owned"
+        return
+    for column in table.primary_key:
+        if _is_numbered_by_hand(column):
+            yield (
+                f"{name}.{column.name} needs a sequence that the application may not use: use "
+                "mapped_column(BigInteger, Identity(always=True), primary_key=True)"
+            )
+    fence = fence_of(table)
+    given = {*fence.insert, *fence.update}
+    for columns in _unique_keys(table):
+        if OWNER not in columns and columns <= given:
+            yield (
+                f"the unique key ({', '.join(sorted(columns))}) of {name} tells a user by an error "
+                f"which values others have: add {OWNER} to it"
+            )
+    for constraint in table.foreign_key_constraints:
+        yield from _foreign_key_problems(name, constraint)
+
+
+def check(table: Table) -> None:
+    """Refuse an owned table through which one user could learn of another one's rows.
+
+    Raises:
+        ConfigurationError: The first of its problems.
+    """
+    for problem in problems(table):
+        raise ConfigurationError(problem)
+
+
+def fence_sql(fence: Fence, quote: Callable[[str], str]) -> Iterator[str]:
+    """Yield the statements that put a fence around a table, in place of one that is there.
+
+    Args:
+        fence: What to put around it.
+        quote: Quotes an identifier.
+    """
+    table = _named(fence.table, fence.schema, quote)
+    mine = f"{quote(fence.owner)} {RULE}"
+    yield from _enabled(table, fence.schema, quote)
+    yield f"CREATE POLICY own ON {table} TO {ROLE} USING ({mine}) WITH CHECK ({mine})"
+    # Permissive policies are combined by OR, so one that is added by mistake would open the table.
+    # A restrictive one is combined with all of them by AND.
+    yield (
+        f"CREATE POLICY fence ON {table} AS RESTRICTIVE TO {ROLE}"
+        f" USING ({mine}) WITH CHECK ({mine})"
+    )
+    rights = ["SELECT", *(["DELETE"] if fence.delete else [])]
+    rights += [f"{right} ({names})" for right, names in _column_rights(fence, quote)]
+    yield f"GRANT {', '.join(rights)} ON {table} TO {ROLE}"
+    if fence.touch:
+        yield (
+            f"CREATE TRIGGER touch BEFORE UPDATE ON {table} FOR EACH ROW"
+            " WHEN (OLD.* IS DISTINCT FROM NEW.*) EXECUTE FUNCTION public.set_updated_at()"
+        )
+
+
+def share_sql(table: str, schema: str | None, quote: Callable[[str], str]) -> Iterator[str]:
+    """Yield the statements that let every user read a table, and no user change it."""
+    name = _named(table, schema, quote)
+    yield from _enabled(name, schema, quote)
+    yield f"CREATE POLICY todo_db_shared ON {name} FOR SELECT TO {ROLE} USING (true)"
+    yield f"GRANT SELECT ON {name} TO {ROLE}"
+
+
+def unfence_sql(table: str, schema: str | None, quote: Callable[[str], str]) -> Iterator[str]:
+    """Yield the statements that take a table away from the application."""
+    name = _named(table, schema, quote)
+    yield from _cleared(name)
+    yield f"ALTER TABLE {name} NO FORCE ROW LEVEL SECURITY, DISABLE ROW LEVEL SECURITY"
+
+
+def grant_sql(fence: Fence, quote: Callable[[str], str], *, revoke: bool = False) -> Iterator[str]:
+    """Yield the statements that grant, or revoke, rights on columns of a table that is fenced."""
+    table = _named(fence.table, fence.schema, quote)
+    for right, names in _column_rights(fence, quote):
+        if revoke:
+            yield f"REVOKE {right} ({names}) ON {table} FROM {ROLE}"
+        else:
+            yield f"GRANT {right} ({names}) ON {table} TO {ROLE}"
+
+
+def _enabled(table: str, schema: str | None, quote: Callable[[str], str]) -> Iterator[str]:
+    """Yield what leaves a table with row-level security, and without policies and rights."""
+    if schema is not None and schema != "public":
+        yield f"GRANT USAGE ON SCHEMA {quote(schema)} TO {ROLE}"
+    yield f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY"
+    yield from _cleared(table)
+
+
+def _cleared(table: str) -> Iterator[str]:
+    literal = table.replace("'", "''")
+    drop = literal.replace("%", "%%")
+    yield (
+        "DO $todo_db$ DECLARE policy name; BEGIN FOR policy IN SELECT polname"  # noqa: S608  # DDL
+        f" FROM pg_catalog.pg_policy WHERE polrelid = '{literal}'::regclass LOOP"
+        f" EXECUTE pg_catalog.format('DROP POLICY %I ON {drop}', policy); END LOOP; END $todo_db$"
+    )
+    yield f"DROP TRIGGER IF EXISTS touch ON {table}"
+    yield f"REVOKE ALL ON {table} FROM {ROLE}, PUBLIC"
+
+
+def _column_rights(fence: Fence, quote: Callable[[str], str]) -> Iterator[tuple[str, str]]:
+    for right, columns in (("INSERT", fence.insert), ("UPDATE", fence.update)):
+        if columns:
+            yield right, ", ".join(map(quote, columns))
+
+
+def _named(table: str, schema: str | None, quote: Callable[[str], str]) -> str:
+    return quote(table) if schema is None else f"{quote(schema)}.{quote(table)}"
+
+
+def _declared(table: Table) -> _Declared | None:
+    for column in table.primary_key:
+        return cast("_Declared | None", column.info.get(_DECLARED))
+    return None
+
+
+def _is_touched(column: Column[object]) -> bool:
+    return column.name == "updated_at" and column.server_onupdate is not None
+
+
+def _is_given(column: Column[object]) -> bool:
+    """Whether the application gives the value of a column of a new row."""
+    if column.identity is not None or column.computed is not None or _is_touched(column):
+        return False
+    is_default = column.server_default is not None
+    return not (is_default and (column.primary_key or column.name == "created_at"))
+
+
+def _is_numbered_by_hand(column: Column[object]) -> bool:
+    """Whether it would become SERIAL, or takes a number from the application as well."""
+    if column.identity is not None:
+        return not column.identity.always
+    is_number = isinstance(column.type, Integer) and column.autoincrement is not False
+    return is_number and column.server_default is None and not column.foreign_keys
+
+
+def _unique_keys(table: Table) -> Iterator[set[str]]:
+    for constraint in table.constraints:
+        if isinstance(constraint, PrimaryKeyConstraint | UniqueConstraint | ExcludeConstraint):
+            yield {column.name for column in constraint.columns}
+    for index in table.indexes:
+        if index.unique:
+            yield {column.name for column in index.columns}
+
+
+def _foreign_key_problems(name: str, constraint: ForeignKeyConstraint) -> Iterator[str]:
+    subject = f"the foreign key ({', '.join(constraint.column_keys)}) of {name}"
+    try:
+        pairs = {(each.parent.name, each.column.name) for each in constraint.elements}
+    except (NoReferencedTableError, NoReferencedColumnError):
+        # A string that names a class which is not defined yet. Autogenerate checks it again.
+        return
+    target = constraint.referred_table
+    if kind_of(target) == "owned":
+        if (OWNER, OWNER) not in pairs:
+            yield f"{subject} could name a row of another user: use owned_reference()"
+    elif target.name == "users" and pairs != {(OWNER, "id")}:
+        yield f"{subject} tells which users there are: leave the foreign key out"
