@@ -28,7 +28,8 @@ from todo_db import ConfigurationError, Database, TaskNotFoundError
 from todo_db.doctor.catalogue import EXPECTED, Catalogue
 from todo_db.embedded import EmbeddedPostgres
 from todo_db.engine import create_direct_engine
-from todo_db.migrations import LOCK_SQL, alembic_config, downgrade, script_directory, upgrade
+from todo_db.environment import LOCK_SQL
+from todo_db.migrations import alembic_config, downgrade, script_directory, upgrade
 from todo_db.models import REVISION, Base
 from todo_db.settings import Settings
 
@@ -153,7 +154,7 @@ async def held_back(cluster: Cluster, *databases: str) -> AsyncGenerator[None]:
         for name in databases:
             superuser = await stack.enter_async_context(connected(cluster.url("postgres", name)))
             await stack.enter_async_context(superuser.transaction())
-            await superuser.execute(LOCK_SQL[0])
+            await superuser.execute(next(sql for sql in LOCK_SQL if "advisory" in sql))
         yield
         await arrived(observer, 2)
 
@@ -252,7 +253,7 @@ class TestUpgrade:
     ) -> None:
         await upgrade(empty, "0001")
         sooner = [statement.replace("'5s'", "'50ms'") for statement in LOCK_SQL]
-        monkeypatch.setattr("todo_db.migrations.LOCK_SQL", sooner)
+        monkeypatch.setattr("todo_db.environment.LOCK_SQL", sooner)
         async with connected(empty) as owner, owner.transaction():
             await owner.execute("LOCK TABLE users")
             with pytest.raises(DBAPIError, match="lock timeout"):
@@ -333,8 +334,6 @@ class TestModels:
     @pytest.mark.parametrize(
         ("change", "proposed"),
         [
-            ("ALTER TABLE tasks ADD extra text", {"remove_column"}),
-            ("ALTER TABLE idempotency_keys ADD extra text", {"remove_column"}),
             ("ALTER TABLE tasks ALTER title TYPE varchar(100)", {"modify_type"}),
             ("ALTER TABLE tasks ALTER completed SET DEFAULT true", {"modify_default"}),
             ("ALTER TABLE users ALTER email DROP NOT NULL", {"modify_nullable"}),
@@ -357,8 +356,8 @@ class TestModels:
 
     async def test_check_ignores_what_is_not_ours(self, empty: str) -> None:
         await upgrade(empty)
-        for table in ("users", "sessions", "accounts", "verifications", "jwks"):
-            # Columns like those of Better Auth's plugins.
+        for table in ("users", "tasks", "idempotency_keys", "sessions", "accounts", "jwks"):
+            # Columns of an application, and columns like those of Better Auth's plugins.
             await execute(
                 empty,
                 f"""ALTER TABLE {table} ADD banned boolean NOT NULL DEFAULT false,
@@ -535,12 +534,9 @@ class TestOwners:
         await upgrade(await cluster.create_database("first"))
         url = await cluster.create_database("second", owner="stranger")
         if cluster.version >= 16:
-            with pytest.raises(ProgrammingError, match="made by another owner") as refusal:
+            with pytest.raises(ConfigurationError, match="may not migrate") as refusal:
                 await upgrade(url)
-            assert refusal.value.orig is not None
-            cause = refusal.value.orig.__cause__
-            assert isinstance(cause, asyncpg.InsufficientPrivilegeError)
-            remedy = re.search("GRANT todo_app TO stranger;", cause.hint or "")
+            remedy = re.search("GRANT todo_app TO stranger;", str(refusal.value))
             assert remedy is not None
             async with connected(url) as stranger:
                 assert await stranger.fetchval("SELECT to_regclass('users')") is None
@@ -558,7 +554,7 @@ class TestOwners:
             f"GRANT {right} TO PUBLIC",
             database="todo",
         )
-        with pytest.raises(ProgrammingError, match="may still create objects"):
+        with pytest.raises(ConfigurationError, match="Migrate as the owner of the database"):
             await upgrade(url)
 
     async def test_makes_the_tables_where_the_application_looks(self, cluster: Cluster) -> None:

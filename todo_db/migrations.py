@@ -8,23 +8,10 @@ from typing import Final
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy.ext.asyncio import AsyncEngine
 
-from todo_db.engine import create_direct_engine
-from todo_db.errors import ConfigurationError
-from todo_db.settings import Settings
+from todo_db.environment import configure
 
-LOCK_SQL: Final = (
-    # Two deployments at the same time run one after the other; the second finds nothing to do.
-    "SELECT pg_advisory_xact_lock(7306001204)",
-    # Give up behind a long transaction, because other statements would wait behind this lock.
-    "SET LOCAL lock_timeout = '5s'",
-    # The application uses this path, and the migrating role may have another one.
-    "SET LOCAL search_path = public, pg_temp",
-)
-
-VERSION_TABLE: Final = "todo_db_version"
-"""The last migration that ran. Alembic's own `alembic_version` may be another project's."""
+__all__ = ["alembic_config", "configure", "downgrade", "script_directory", "upgrade"]
 
 # Alembic keeps its state in module globals.
 _one_at_a_time: Final = Lock()
@@ -50,21 +37,6 @@ def alembic_config(url: str | None = None) -> Config:
     config.set_main_option("revision_environment", "true")
     config.attributes["url"] = url
     return config
-
-
-def direct_engine(url: str | None) -> AsyncEngine:
-    """Return an engine on the direct endpoint, which migrations use.
-
-    Raises:
-        ConfigurationError: There is no URL.
-    """
-    settings = Settings()
-    if url is None:
-        secret = settings.direct_database_url or settings.database_url
-        if secret is None:
-            raise ConfigurationError("DATABASE_URL is not set")
-        url = secret.get_secret_value()
-    return create_direct_engine(url, settings)
 
 
 async def upgrade(url: str, revision: str = "head") -> None:

@@ -28,6 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from todo_db import migrations
 from todo_db.cli import demo as story
 from todo_db.cli.database_url import database_url
+from todo_db.cli.project import create_project
 from todo_db.cli.seed import seed as seed_tasks
 from todo_db.database import Database
 from todo_db.doctor import examine
@@ -125,6 +126,24 @@ def alembic(context: typer.Context) -> None:
         raise typer.Exit(2)
     with _report_errors(), database_url(_messages, direct=True) as url:
         line.run_cmd(migrations.alembic_config(url), options)
+
+
+@app.command()
+def init(
+    module: Annotated[str, typer.Argument(help="The module with your Base.")] = "models",
+    *,
+    folder: Annotated[str, typer.Option(help="Where your migrations go.")] = "migrations",
+) -> None:
+    """Write what Alembic needs for tables of your own into this folder."""
+    with _report_errors():
+        for path in create_project(Path(), module, folder):
+            _messages.print(f"wrote {path}", markup=False, highlight=False)
+    _messages.print(
+        'Next: todo-db migrate, alembic revision --autogenerate -m "add labels", '
+        "alembic upgrade head",
+        style="green",
+        highlight=False,
+    )
 
 
 @app.command()
