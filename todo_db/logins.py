@@ -29,7 +29,8 @@ _OTHER: Final[Mapping[LoginRole, LoginRole]] = {"todo_app": "todo_auth", "todo_a
 _LOCK: Final = "SELECT pg_advisory_xact_lock(7306001206)"
 _PLACE: Final = """
     SELECT current_database(), quote_ident(current_database()),
-        current_setting('server_version_num')::integer >= 160000
+        CASE WHEN current_setting('server_version_num')::integer >= 160000
+            THEN ' WITH INHERIT TRUE, SET TRUE' ELSE '' END
 """
 _EXISTS: Final = "SELECT to_regrole(:name) IS NOT NULL"
 # Each is a way past row-level security, or one that would be. A superuser is a member of all.
@@ -132,21 +133,20 @@ async def _alter(  # noqa: PLR0913  # what a login is made of
         unfit = await connection.scalar(text(_UNFIT), names | {"name": subject})
         if unfit:
             raise ConfigurationError(f"{called} {unfit}")
-    found = await connection.exec_driver_sql(_PLACE)
-    database, quoted, is_modern = found.one()
+    found = (await connection.exec_driver_sql(_PLACE)).one()
+    # Before PostgreSQL 16 the login inherits, or not, all that it is a member of.
+    database, quoted, options = map(str, found)
     # The password has no character that needs a quote, and Neon accepts no hash of it.
     verb = "ALTER" if exists else "CREATE"
     secret = f" PASSWORD '{password}'" if new_password or not exists else ""
     await execute_unlogged(connection, f'{verb} ROLE "{name}" LOGIN INHERIT{secret}')
-    # Before PostgreSQL 16 the login inherits, or not, all that it is a member of.
-    options = " WITH INHERIT TRUE, SET TRUE" if is_modern else ""
     await connection.exec_driver_sql(f'GRANT {role} TO "{name}"{options}')
     for parameter, value in role_settings(settings).items():
         # A setting for one database would win over that of the login.
         here = f'ALTER ROLE "{name}" IN DATABASE {quoted} RESET {parameter}'
         await connection.exec_driver_sql(here)
         await connection.exec_driver_sql(f'ALTER ROLE "{name}" SET {parameter} = {value}')
-    return exists, str(database)
+    return exists, database
 
 
 def _failure(error: Exception, role: LoginRole) -> TodoDBError:
