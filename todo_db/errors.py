@@ -303,7 +303,7 @@ def translated_if_known(error: BaseException) -> TodoDBError | None:
     None is for what is wrong with the text of the statement (SQLSTATE class 42, syntax errors and
     unknown names): the message of SQLAlchemy's error explains it, and no class of ours does.
     """
-    sqlstate = _sqlstate(error)
+    sqlstate = sqlstate_of(error)
     if sqlstate is not None and sqlstate.startswith("42") and sqlstate != "42501":
         return None
     return _from_server(error) or _from_client(error)
@@ -311,7 +311,7 @@ def translated_if_known(error: BaseException) -> TodoDBError | None:
 
 def is_server_error(error: BaseException) -> bool:
     """Return whether the server answered with an error, and its session goes on."""
-    sqlstate = _sqlstate(error)
+    sqlstate = sqlstate_of(error)
     return sqlstate is not None and not sqlstate.startswith(("08", "57P"))
 
 
@@ -349,13 +349,13 @@ def _from_server(error: BaseException) -> TodoDBError | None:
 
 
 def _unknown(error: BaseException) -> str:
-    sqlstate = _sqlstate(error)
+    sqlstate = sqlstate_of(error)
     if sqlstate is None:
         return f"the driver failed with {type(error).__name__}"
     return f"the database refused a statement (SQLSTATE {sqlstate})"
 
 
-def _sqlstate(error: BaseException) -> str | None:
+def sqlstate_of(error: BaseException) -> str | None:
     """Return the SQLSTATE of the innermost cause that has one."""
     found = None
     for cause in causes(error):

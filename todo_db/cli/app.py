@@ -168,10 +168,17 @@ def login(
         with database_url(_messages) as place:
             # The application goes through the pooler, if there is one.
             parsed = parse_url(place).libpq_url()
-            made = parsed.set(username=created.username, password=created.password)
+        made = parsed.set(
+            username=created.username,
+            password=created.password,
+            database=parsed.database or created.database,
+        )
+        if role == "todo_auth" and made.query.get("sslrootcert") == "system":
+            # Better Auth's driver would look for a file; without the key it trusts Node's own list.
+            made = made.difference_update_query(["sslrootcert"])
         _messages.print("The password is not shown again:", style="green")
         _out.print(
-            made.render_as_string(hide_password=False),
+            _for_libpq(made, hide_password=False),
             soft_wrap=True,
             markup=False,
             highlight=False,

@@ -1,6 +1,11 @@
 """The connections, and the URL that says where they go."""
 
-from todo_db.engine.connection import PooledConnection, connect_failure, create_direct_engine
+from todo_db.engine.connection import (
+    PooledConnection,
+    connect_failure,
+    create_direct_engine,
+    execute_unlogged,
+)
 from todo_db.engine.driver import STALE_ROWS, STALE_STATEMENT, transport
 from todo_db.engine.pool import Pool
 from todo_db.engine.url import Endpoint, parse_url
@@ -13,6 +18,7 @@ __all__ = [
     "PooledConnection",
     "connect_failure",
     "create_direct_engine",
+    "execute_unlogged",
     "parse_url",
     "transport",
 ]

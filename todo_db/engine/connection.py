@@ -72,6 +72,15 @@ def create_direct_engine(url: str, settings: Settings) -> AsyncEngine:
     return create_async_engine(endpoint.url, connect_args=arguments, **_ENGINE_OPTIONS)
 
 
+async def execute_unlogged(connection: AsyncConnection, sql: str) -> None:
+    """Send a statement that has a secret in its text past SQLAlchemy, which would log it.
+
+    Something else must have been sent before: that began the transaction.
+    """
+    raw = await connection.get_raw_connection()
+    await cast("NamedConnection", raw.driver_connection).execute(sql)
+
+
 def create_pool_engine(
     endpoint: Endpoint, settings: Settings, *, prepared_statements: bool
 ) -> AsyncEngine:

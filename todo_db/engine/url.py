@@ -101,6 +101,8 @@ class Endpoint:
     def libpq_url(self) -> URL:
         """Return the URL that psql and others of libpq's take, with what it says of TLS."""
         query = self.tls.libpq_query()
+        if self.ssl_mode in {"allow", "disable"} and not all(map(_is_socket, self.hosts)):
+            query["sslmode"] = self.ssl_mode
         if (session := self.options["target_session_attrs"]) != "any":
             query["target_session_attrs"] = session
         return self.url.set(drivername="postgresql").update_query_dict(query)
