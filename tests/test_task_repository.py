@@ -531,7 +531,9 @@ class TestBulkLocks:
         async with asyncio.timeout(PATIENCE), Database.from_url(url) as other:
             for bulk, left in bulks:
                 await owner.execute("TRUNCATE tasks RESTART IDENTITY")
-                await db.tasks.create_many("alice", [NewTask(name, completed=True) for name in "abc"])
+                await db.tasks.create_many(
+                    "alice", [NewTask(name, completed=True) for name in "abc"]
+                )
                 async with db.transaction("alice") as tx:
                     await tx.tasks.toggle("alice", 1)
                     await tx.tasks.delete("alice", 2)
