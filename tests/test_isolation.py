@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -354,6 +355,20 @@ class TestPolicies:
         assert called == []
         stable = "SELECT provolatile FROM pg_proc WHERE proname = 'current_setting'"
         assert {row[0] for row in await owner.fetch(stable)} == {b"s"}
+
+    async def test_B7_call_it_alone_in_a_sub_select(self, owner: Connection) -> None:
+        # Supabase's linter looks for this text too.
+        alone = re.compile(r"\( SELECT current_setting\('[^']*'::text, true\) AS current_setting\)")
+        texts = [
+            text
+            for row in await owner.fetch("SELECT qual, with_check FROM pg_policies")
+            for text in row
+            if text != "true"
+        ]
+        assert len(texts) == 12
+        for text in texts:
+            assert len(alone.findall(text)) == 1
+            assert "current_setting(" not in alone.sub("", text)
 
     async def test_B5_prepared_plan_does_not_remember_its_user(
         self, url: str, owner: Connection, victim: Victim

@@ -181,6 +181,27 @@ class TestTasks:
         assert await people.fetchval("SELECT count(*) FROM tasks WHERE NOT completed") == 3
 
 
+class TestChildTable:
+    """A table whose composite foreign key names the owner of the task too."""
+
+    async def test_D3_row_of_another_users_task_is_refused_as_of_a_missing_one(
+        self, people: Connection, alice: Connection
+    ) -> None:
+        await people.execute(
+            """CREATE TABLE notes (user_id text NOT NULL, task_id bigint NOT NULL, CONSTRAINT mine
+                FOREIGN KEY (user_id, task_id) REFERENCES tasks (user_id, id) ON DELETE CASCADE);
+            GRANT INSERT ON notes TO todo_app"""
+        )
+        note = "INSERT INTO notes VALUES ('alice', $1)"
+        (own,) = await add(people, 1)
+        (foreign,) = await add(people, 1, "bob")
+        await alice.execute(note, own)
+        for task_id in (foreign, 999):
+            assert await broken_by(alice, note, task_id) == "mine"
+        await alice.execute("DELETE FROM tasks")
+        assert await people.fetch("SELECT FROM notes") == []
+
+
 class TestTaskIds:
     async def test_deleted_one_is_not_given_out_again(self, alice: Connection) -> None:
         assert await add(alice, 3) == [1, 2, 3]
@@ -362,6 +383,31 @@ class TestTimestamps:
             ('alice', 'x', '0001-01-02 00:00 UTC'), ('alice', 'x', '9999-12-30 23:59:59 UTC')"""
         )
         assert len(await people.fetch(f"SELECT {column} FROM tasks")) == 2
+
+    async def test_I110_of_keys_beyond_pythons_years_are_refused(self, people: Connection) -> None:
+        key = """INSERT INTO idempotency_keys (user_id, key, fingerprint, task_ids, created_at)
+            VALUES ('alice', $1, repeat('0', 64), '{}', $1::text::timestamptz)"""
+        for moment in ("infinity", "-infinity", "0044-03-15 BC", "0001-01-01", "10000-01-01"):
+            constraint = await broken_by(people, key, moment)
+            assert constraint == "ck_idempotency_keys_timestamps_range"
+        for moment in ("0001-01-02 00:00 UTC", "9999-12-30 23:59:59.999999 UTC"):
+            await people.execute(key, moment)
+        assert len(await people.fetch("SELECT created_at FROM idempotency_keys")) == 2
+
+    async def test_updated_at_changes_after_the_last_moment_there_is(
+        self, people: Connection, alice: Connection
+    ) -> None:
+        await people.execute(
+            """INSERT INTO tasks (user_id, title, updated_at)
+            VALUES ('alice', 'x', '9999-12-30 23:59:59.999998 UTC')"""
+        )
+        toggle = "UPDATE tasks SET completed = NOT completed RETURNING updated_at"
+        last = datetime(9999, 12, 30, 23, 59, 59, 999_999, tzinfo=UTC)
+        assert await alice.fetchval(toggle) == last
+        moments = [await alice.fetchval(toggle) for _ in range(3)]
+        # From then on it is the clock's again, and grows.
+        assert moments == sorted(set(moments))
+        assert timedelta(0) <= datetime.now(UTC) - moments[0] < timedelta(minutes=1)
 
 
 class TestUsers:

@@ -520,6 +520,30 @@ class TestBulkLocks:
                 assert await waiting == 10
                 assert sorted(row["id"] for row in free) == [6, 7, 8, 9, 10]
 
+    async def test_K4b_row_that_changes_meanwhile_is_judged_as_it_is_then(
+        self, url: str, db: Database, owner: Connection
+    ) -> None:
+        bulks: list[tuple[Callable[[TaskRepository], Coroutine[object, object, int]], str]] = [
+            (lambda tasks: tasks.update_many("alice", [2, 1, 3], title="c"), "c"),
+            (lambda tasks: tasks.delete_many("alice", [2, 1, 3]), ""),
+            (lambda tasks: tasks.delete_completed("alice"), "a"),
+        ]
+        async with asyncio.timeout(PATIENCE), Database.from_url(url) as other:
+            for bulk, left in bulks:
+                await owner.execute("TRUNCATE tasks RESTART IDENTITY")
+                await db.tasks.create_many(
+                    "alice", [NewTask(name, completed=True) for name in "abc"]
+                )
+                async with db.transaction("alice") as tx:
+                    await tx.tasks.toggle("alice", 1)
+                    await tx.tasks.delete("alice", 2)
+                    waiting = asyncio.create_task(bulk(other.tasks))
+                    await until_waiting(owner)
+                # Task 2 is gone. Of update_many, task 3 has its new title already.
+                assert await waiting == {"c": 1, "": 2, "a": 1}[left]
+                titles = [row[0] for row in await owner.fetch("SELECT title FROM tasks")]
+                assert set(titles) == set(left)
+
     async def test_K4b_never_deadlock(self, url: str, db: Database, owner: Connection) -> None:
         await store_in_reverse(owner, "alice", 200, completed=0)
         up = list(range(1, 201))

@@ -34,6 +34,8 @@ LOCK_SQL: Final = (
     "SELECT pg_advisory_xact_lock(7306001204)",
     # Give up behind a long transaction, because other statements would wait behind this lock.
     "SET LOCAL lock_timeout = '5s'",
+    # A statement that takes longer would hold its locks that long. Such a migration sets its own.
+    "SET LOCAL statement_timeout = '5min'",
 )
 _REVISION: Final = text(f"SELECT max(version_num) FROM public.{VERSION_TABLE}")  # noqa: S608  # a constant
 

@@ -597,24 +597,25 @@ def _locked(owner: ColumnElement[str], *which: ColumnElement[bool]) -> CTE:
     )
 
 
-def _is_in(locked: CTE) -> ColumnElement[bool]:
-    """Look the locked rows up by their ids, in the index.
+def _given_ids() -> CTE:
+    return select(cast(func.unnest(_strings("task_ids")), BigInteger()).label("id")).cte("given")
+
+
+def _is_in(ids: CTE) -> ColumnElement[bool]:
+    """Find the rows by an array of the ids, in the index.
 
     A join would compare every row with every id where the statistics tell of one row: they do so
-    of a table that was never analysed, and of a user who had no tasks when it was.
+    of a table that was never analysed, and of a user who had no tasks when it was. The array is
+    made by a sub-select, so it is made once even where it is not used in the index.
     """
-    return Task.id == any_(func.array(select(locked.c.id).scalar_subquery()))
-
-
-def _id_in() -> ColumnElement[bool]:
-    return Task.id == any_(cast(_strings("task_ids"), ARRAY(BigInteger())))
+    return Task.id == any_(func.array(select(ids.c.id).scalar_subquery()))
 
 
 @cache
 def _update_many_statement(columns: frozenset[str]) -> Statement:
     def build(owner: ColumnElement[str]) -> Executable:
         new = _assignments(columns)
-        locked = _locked(owner, _id_in())
+        locked = _locked(owner, _is_in(_given_ids()))
         changed = (
             update(Task)
             .where(
@@ -631,11 +632,22 @@ def _update_many_statement(columns: frozenset[str]) -> Statement:
     return Statement(build)
 
 
-def _delete_locked(owner: ColumnElement[str], *which: ColumnElement[bool]) -> Executable:
-    locked = _locked(owner, *which)
+def _delete_many(owner: ColumnElement[str]) -> Executable:
+    return _deleted(owner, _is_in(_locked(owner, _is_in(_given_ids()))))
+
+
+def _delete_completed(owner: ColumnElement[str]) -> Executable:
+    is_completed = Task.completed == true()
+    # Only for its locks: it has the same rows, because the snapshot is the same, and then nobody
+    # else can change them.
+    locked = select(func.count()).select_from(_locked(owner, is_completed)).scalar_subquery()
+    return _deleted(owner, is_completed, locked.is_not(None))
+
+
+def _deleted(owner: ColumnElement[str], *which: ColumnElement[bool]) -> Executable:
     deleted = (
         delete(Task)
-        .where(Task.user_id == owner, _is_in(locked))
+        .where(Task.user_id == owner, *which)
         .returning(literal_column("1", Integer()))
         .cte("deleted")
     )
@@ -737,5 +749,5 @@ _TOGGLE: Final = Statement(
 _DELETE: Final = Statement(
     lambda owner: delete(Task).where(Task.user_id == owner, Task.id == _TASK_ID).returning(Task.id)
 )
-_DELETE_MANY: Final = Statement(lambda owner: _delete_locked(owner, _id_in()))
-_DELETE_COMPLETED: Final = Statement(lambda owner: _delete_locked(owner, Task.completed == true()))
+_DELETE_MANY: Final = Statement(_delete_many)
+_DELETE_COMPLETED: Final = Statement(_delete_completed)
