@@ -220,7 +220,7 @@ CHECKS: dict[str, Callable[[Any], object]] = {
     "limit": inputs.limit,
     "search": inputs.search,
     "sort": inputs.sort,
-    "cursor": partial(decode, sort=TaskSort.NEWEST, filters=(None, None)),
+    "cursor": partial(decode, scope=("tasks",), kinds=(int,)),
     "expected_updated_at": partial(inputs.timestamp, "expected_updated_at"),
 }
 

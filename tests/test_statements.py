@@ -16,7 +16,7 @@ from sqlalchemy.sql.selectable import ReturnsRows
 
 from todo_db import NewTask, TaskRepository, TaskSort, UserRepository
 from todo_db.models import Task
-from todo_db.pagination import Position, encode
+from todo_db.pagination import Key, encode
 from todo_db.repositories import Operation, Statement
 from todo_db.repositories.statements import Compiled
 
@@ -273,13 +273,13 @@ async def _first[T](items: AsyncIterator[T]) -> T:
 
 
 def _lists(tasks: TaskRepository) -> Iterator[tuple[str, Awaitable[object]]]:
-    keys: dict[TaskSort, str | datetime] = {
-        TaskSort.RECENTLY_UPDATED: _MOMENT,
-        TaskSort.TITLE: _MARK,
+    keys: dict[TaskSort, tuple[Key, ...]] = {
+        TaskSort.RECENTLY_UPDATED: (_MOMENT, 1),
+        TaskSort.TITLE: (_MARK, 1),
     }
     for sort, completed, search in product(TaskSort, (None, True), (None, _MARK)):
         pattern = None if search is None else f"%{search}%"
-        cursor = encode(sort, (completed, pattern), Position(keys.get(sort), 1))
+        cursor = encode(("tasks", sort.value, completed, pattern), keys.get(sort, (1,)))
         for after in (None, cursor):
             yield (
                 "list",

@@ -210,11 +210,10 @@ class Database:
             nonlocal was_unknown
             arguments = statement.arguments(user_id, operation.values)
             try:
-                return operation.map_rows(
-                    await autocommit.fetch(
-                        self._pool, statement.sql, arguments, is_change=is_change
-                    )
+                rows = await autocommit.fetch(
+                    self._pool, statement.sql, arguments, is_change=is_change
                 )
+                return operation.map_rows(rows)
             except OutcomeUnknownError:  # pragma: no cover  # marked fault
                 was_unknown = True
                 raise
@@ -225,6 +224,9 @@ class Database:
                 ):
                     return cast("T", None)
                 raise
+            except TodoDBError as error:
+                failure = operation.failure(error)
+            raise failure
 
         return await self._retried(attempt, repeatable=operation.retry is not Retry.UNSAFE)
 

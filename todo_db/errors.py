@@ -38,10 +38,12 @@ class TodoDBError(Exception):
 
     Attributes:
         message: What `str()` returns for an error that was raised without arguments.
+        constraint: The name of the constraint that PostgreSQL found broken, if it was one.
     """
 
     # Not the docstring: `python -OO` removes docstrings.
     message: ClassVar[str] = "The data layer failed."
+    constraint: str | None = None
 
     @override
     def __str__(self) -> str:
@@ -333,18 +335,22 @@ def _from_client(error: BaseException) -> TodoDBError | None:
 def _from_server(error: BaseException) -> TodoDBError | None:
     for cause in reversed(list(causes(error))):
         constraint = getattr(cause, "constraint_name", None)
-        if constraint in _BY_CONSTRAINT:
-            return _BY_CONSTRAINT[constraint]()
         sqlstate = getattr(cause, "sqlstate", None)
-        if not isinstance(sqlstate, str):
+        if constraint in _BY_CONSTRAINT:
+            failure = _BY_CONSTRAINT[constraint]()
+        elif not isinstance(sqlstate, str):
             continue
-        if requirement := _INVALID_VALUES.get(sqlstate):
+        elif requirement := _INVALID_VALUES.get(sqlstate):
             field = getattr(cause, "column_name", None) or constraint or "values"
-            return InvalidInputError(field, requirement)
-        for length in (5, 3, 2):
-            if make := _BY_SQLSTATE.get(sqlstate[:length]):
-                return make()
-        return None
+            failure = InvalidInputError(field, requirement)
+        elif make := next(
+            (_BY_SQLSTATE[sqlstate[:n]] for n in (5, 3, 2) if sqlstate[:n] in _BY_SQLSTATE), None
+        ):
+            failure = make()
+        else:
+            return None
+        failure.constraint = constraint
+        return failure
     return None
 
 

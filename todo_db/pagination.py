@@ -1,15 +1,33 @@
-"""Keyset pagination: the sort orders, and the cursor that marks the start of the next page."""
+"""Keyset pagination: pages, and the cursor that marks the start of the next one.
+
+A repository of an application can use it for any order of its rows:
+
+>>> scope = ("labels", "by name")
+>>> page = page_of(["a", "b", "c"], 2, scope, lambda name: (name,))
+>>> page.items
+('a', 'b')
+>>> decode(page.next_cursor, scope, (str,))
+('b',)
+"""
 
 import base64
 import binascii
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import Enum
-from typing import Final, cast
+from functools import lru_cache
+from typing import Any, Final, cast
+from uuid import UUID
 
 from todo_db.errors import InvalidCursorError
+
+type Key = str | int | datetime | UUID
+"""A value by which rows are ordered; a `datetime` has a time zone."""
+type Scope = tuple[str | bool | None, ...]
+"""What a cursor belongs to: the name of the list, its order, and its filters."""
 
 
 class TaskSort(Enum):
@@ -30,60 +48,74 @@ class Page[T]:
     next_cursor: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
-    """The last row of a page: its sort key (None when sorted by id alone) and its id."""
-
-    key: str | datetime | None
-    id: int
-
-
+BIGINT_MAX: Final = 2**63 - 1
 _VERSION: Final = 1
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
-BIGINT_MAX: Final = 2**63 - 1
 # Enough for a title of 200 characters, each written as two escapes, and the other items.
 _LONGEST: Final = 4_096
+_DUMP: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 
 
-def encode(sort: TaskSort, filters: tuple[bool | str | None, ...], position: Position) -> str:
+def page_of[T](
+    items: Sequence[T], limit: int, scope: Scope, keys_of: Callable[[T], tuple[Key, ...]]
+) -> Page[T]:
+    """Return a page of the first `limit` items, with a cursor if there are more.
+
+    Args:
+        items: One more than the page has, if there are so many.
+        limit: The number of items of a page.
+        scope: What the cursor belongs to.
+        keys_of: Returns the values by which the items are ordered; together they are unique.
+    """
+    shown = tuple(items[:limit])
+    cursor = encode(scope, keys_of(shown[-1])) if len(items) > limit else None
+    return Page(shown, cursor)
+
+
+def encode(scope: Scope, keys: tuple[Key, ...]) -> str:
     """Return a cursor. It does not contain the user: the next page names its user again."""
-    key: object = position.key
-    if isinstance(key, datetime):
-        key = (key - _EPOCH) // _MICROSECOND
-    payload: list[object] = [_VERSION, sort.value, _digest(filters), key, position.id]
-    return _written(payload)
+    return _written([_VERSION, _digest(scope), *map(_plain, keys)])
 
 
-def decode(cursor: object, sort: TaskSort, filters: tuple[bool | str | None, ...]) -> Position:
-    """Return the position in a cursor that `encode` returned for the same sort and filters.
+def decode(cursor: object, scope: Scope, kinds: tuple[type[Key], ...]) -> tuple[Any, ...]:
+    """Return the keys in a cursor that `encode` returned for the same scope.
+
+    Args:
+        cursor: What the caller was given with the page before.
+        scope: What it must belong to.
+        kinds: The types of its keys, in order.
 
     Raises:
         InvalidCursorError: The cursor is anything else.
     """
     try:
-        version, sorted_by, digest, key, last = _load(cursor)
-        if [version, sorted_by, digest] != [_VERSION, sort.value, _digest(filters)]:
+        version, digest, *keys = _load(cursor)
+        if type(version) is not int or [version, digest] != [_VERSION, _digest(scope)]:
             raise ValueError  # noqa: TRY301  # one exit for every defect
-        if type(version) is not int or type(last) is not int or not 0 < last <= BIGINT_MAX:
-            raise ValueError  # noqa: TRY301
-        return Position(_key(sort, key), last)
+        return tuple(_key(kind, key) for kind, key in zip(kinds, keys, strict=True))
     except (ValueError, TypeError, OverflowError, RecursionError):
         failure = InvalidCursorError()
     raise failure
 
 
-def _key(sort: TaskSort, key: object) -> str | datetime | None:
-    match sort:
-        case TaskSort.NEWEST | TaskSort.OLDEST if key is None:
-            return None
-        case TaskSort.RECENTLY_UPDATED if type(key) is int:
-            return _EPOCH + key * _MICROSECOND
-        case TaskSort.TITLE if isinstance(key, str) and "\x00" not in key:
-            key.encode()
-            return key
-        case _:
-            raise ValueError
+def _plain(key: Key) -> str | int:
+    if isinstance(key, datetime):
+        return (key - _EPOCH) // _MICROSECOND
+    return str(key) if isinstance(key, UUID) else key
+
+
+def _key(kind: type[Key], key: object) -> Key:
+    if kind is datetime and type(key) is int:
+        return _EPOCH + key * _MICROSECOND
+    if kind is int and type(key) is int and -BIGINT_MAX - 1 <= key <= BIGINT_MAX:
+        return key
+    if kind is str and isinstance(key, str) and "\x00" not in key:
+        key.encode()
+        return key
+    if kind is UUID and isinstance(key, str) and str(found := UUID(key)) == key:
+        return found
+    raise ValueError
 
 
 def _load(cursor: object) -> list[object]:
@@ -101,12 +133,9 @@ def _load(cursor: object) -> list[object]:
 
 
 def _written(payload: list[object]) -> str:
-    return base64.urlsafe_b64encode(_dump(payload)).rstrip(b"=").decode()
+    return base64.urlsafe_b64encode(_DUMP(payload).encode()).rstrip(b"=").decode()
 
 
-def _dump(payload: list[object]) -> bytes:
-    return json.dumps(payload, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _digest(filters: tuple[bool | str | None, ...]) -> str:
-    return hashlib.blake2b(_dump(list(filters)), digest_size=8).hexdigest()
+@lru_cache(maxsize=1_024)
+def _digest(scope: Scope) -> str:
+    return hashlib.blake2b(_DUMP(scope).encode(), digest_size=8).hexdigest()

@@ -101,11 +101,17 @@ class Transaction:
             raise IsolationError("the transaction belongs to another user")
         statement = operation.statement.in_transaction
         arguments = statement.arguments(user_id, operation.values)
-        if not operation.needs_savepoint:
-            return operation.map_rows(await self._gate.fetch(statement.sql, arguments))
-        async with self.savepoint():
-            rows = await self._gate.fetch(statement.sql, arguments)
-        return operation.map_rows(rows)
+        try:
+            if operation.needs_savepoint:
+                async with self.savepoint():
+                    rows = await self._gate.fetch(statement.sql, arguments)
+            else:
+                rows = await self._gate.fetch(statement.sql, arguments)
+        except TodoDBError as error:
+            failure = operation.failure(error)
+        else:
+            return operation.map_rows(rows)
+        raise failure
 
     async def execute(
         self, statement: Executable, parameters: Mapping[str, Any] | None = None

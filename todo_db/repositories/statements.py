@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum, auto
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 from sqlalchemy import (
@@ -22,6 +23,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.compiler import SQLCompiler
+
+from todo_db.errors import TodoDBError
 
 OWNER: Final = "user_id"
 """The parameter that every statement has: whose rows it may see and touch."""
@@ -130,6 +133,7 @@ class Operation[T](NamedTuple):
         retry: What an unknown outcome allows.
         needs_savepoint: Whether the caller goes on after an error of the statement, so that a
             transaction of the caller's has to put a savepoint around it.
+        errors: What the caller gets when a constraint, by its name, is broken.
     """
 
     statement: Statement
@@ -137,6 +141,12 @@ class Operation[T](NamedTuple):
     map_rows: Callable[[Sequence[Row]], T]
     retry: Retry = Retry.UNSAFE
     needs_savepoint: bool = False
+    errors: Mapping[str, Callable[[], TodoDBError]] = MappingProxyType({})
+
+    def failure(self, error: TodoDBError) -> TodoDBError:
+        """Return what the caller gets for an error of the statement."""
+        make = self.errors.get(error.constraint or "")
+        return error if make is None else make()
 
 
 class Executor(Protocol):

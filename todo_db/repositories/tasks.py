@@ -4,7 +4,7 @@ import builtins
 import json
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from typing import Any, Final, Unpack
 
@@ -44,7 +44,7 @@ from todo_db import inputs
 from todo_db.errors import IdempotencyKeyReusedError, StaleTaskError, TaskNotFoundError
 from todo_db.inputs import NewTask, TaskChanges
 from todo_db.models import IdempotencyKey, Task
-from todo_db.pagination import BIGINT_MAX, Page, Position, TaskSort, decode, encode
+from todo_db.pagination import BIGINT_MAX, Key, Page, Scope, TaskSort, decode, page_of
 from todo_db.records import TaskRecord
 from todo_db.repositories.statements import Executor, Operation, Retry, Row, Statement
 
@@ -194,7 +194,7 @@ class TaskRepository:
         filters = _filters(completed, search)
         size = inputs.limit(limit)
         sort = inputs.sort(sort)
-        after = None if cursor is None else decode(cursor, sort, filters)
+        after = None if cursor is None else decode(cursor, _scope(sort, filters), _KEYS[sort])
         return await self._executor.perform(user_id, _page(sort, filters, size, after))
 
     async def iterate(
@@ -215,14 +215,14 @@ class TaskRepository:
         user_id = inputs.user_id(user_id)
         filters = _filters(completed, search)
         sort = inputs.sort(sort)
-        after: Position | None = None
+        after: tuple[Key, ...] | None = None
         while True:
             page = await self._executor.perform(user_id, _page(sort, filters, _ITERATE_SIZE, after))
             for task in page.items:
                 yield task
             if page.next_cursor is None:
                 return
-            after = _position(sort, page.items[-1])
+            after = _keys(sort, page.items[-1])
 
     async def count(
         self, user_id: str, *, completed: bool | None = None, search: str | None = None
@@ -432,33 +432,42 @@ def _column_values(changes: Mapping[str, object]) -> dict[str, object]:
     return {f"new_{name}": value for name, value in changes.items()}
 
 
-def _position(sort: TaskSort, task: TaskRecord) -> Position:
+_KEYS: Final[dict[TaskSort, tuple[type[Key], ...]]] = {
+    TaskSort.NEWEST: (int,),
+    TaskSort.OLDEST: (int,),
+    TaskSort.RECENTLY_UPDATED: (datetime, int),
+    TaskSort.TITLE: (str, int),
+}
+
+
+def _keys(sort: TaskSort, task: TaskRecord) -> tuple[Key, ...]:
     match sort:
         case TaskSort.NEWEST | TaskSort.OLDEST:
-            return Position(None, task.id)
+            return (task.id,)
         case TaskSort.RECENTLY_UPDATED:
-            return Position(task.updated_at, task.id)
+            return task.updated_at, task.id
         case TaskSort.TITLE:  # pragma: no branch  # mypy holds the match to be exhaustive
-            return Position(task.title, task.id)
+            return task.title, task.id
+
+
+def _scope(sort: TaskSort, filters: Filters) -> Scope:
+    return "tasks", sort.value, *filters
 
 
 def _page(
-    sort: TaskSort, filters: Filters, limit: int, after: Position | None
+    sort: TaskSort, filters: Filters, limit: int, after: tuple[Key, ...] | None
 ) -> Operation[Page[TaskRecord]]:
     def result(rows: Sequence[Row]) -> Page[TaskRecord]:
-        items = tuple(_all(rows[:limit]))
-        if len(rows) <= limit:
-            return Page(items, None)
-        return Page(items, encode(sort, filters, _position(sort, items[-1])))
+        return page_of(_all(rows), limit, _scope(sort, filters), partial(_keys, sort))
 
     # One more row than the page shows whether there is a next page.
     values = _filter_values(filters) | {"limit": limit + 1}
     if sort is TaskSort.NEWEST:
-        values["after_id"] = BIGINT_MAX if after is None else after.id
+        values["after_id"] = BIGINT_MAX if after is None else after[-1]
     elif sort is TaskSort.OLDEST:
-        values["after_id"] = 0 if after is None else after.id
+        values["after_id"] = 0 if after is None else after[-1]
     elif after is not None:
-        values |= {"after_key": after.key, "after_id": after.id}
+        values |= {"after_key": after[0], "after_id": after[-1]}
     statement = _page_statement(sort, *_filter_flags(filters), after=after is not None)
     return Operation(statement, values, result, Retry.READ_ONLY)
 
