@@ -9,9 +9,9 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 from sqlalchemy.schema import SchemaItem
 
-from todo_db.environment import VERSION_TABLE, run
+from todo_db.environment import run
 from todo_db.errors import ConfigurationError
-from todo_db.models import Base
+from todo_db.models import VERSION_TABLE, Base
 
 # Before its first release, this package used Alembic's own name for its version table.
 _HAS_OLD_NAME = text("""

@@ -20,6 +20,7 @@ from todo_db import (
 from todo_db.doctor import examine
 from todo_db.embedded import LOGIN
 from todo_db.engine import Pool
+from todo_db.fence import RULE
 
 WAITERS: Final = 20
 ASLEEP: Final = (
@@ -275,3 +276,62 @@ class TestRowSecurityOff:
             for finding in report.findings
             if finding.code != "durability-weakened"
         ]
+
+
+MINE: Final = f"user_id {RULE}"
+FENCE: Final = f"""
+    ALTER TABLE notes ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+    CREATE POLICY own ON notes USING ({MINE});
+    CREATE POLICY fence ON notes AS RESTRICTIVE USING ({MINE}) WITH CHECK ({MINE});
+    GRANT SELECT, INSERT (user_id, body) ON notes TO todo_app
+"""
+SHARED: Final = """
+    ALTER TABLE notes ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+    CREATE POLICY todo_db_shared ON notes FOR SELECT USING (true);
+    GRANT SELECT ON notes TO todo_app
+"""
+
+
+class TestTables:
+    """Every table that the transactions can touch is fenced, or shared."""
+
+    @pytest.fixture
+    async def notes(self, owner: Connection) -> None:
+        await owner.execute("CREATE TABLE notes (user_id text NOT NULL, body text)")
+
+    @pytest.mark.usefixtures("notes")
+    @pytest.mark.parametrize("tables", ["SELECT", FENCE, SHARED], ids=["none", "fence", "shared"])
+    async def test_D6_opens_where_they_are(self, url: str, owner: Connection, tables: str) -> None:
+        await owner.execute(tables)
+        async with Database.from_url(url):
+            pass
+
+    @pytest.mark.usefixtures("notes")
+    @pytest.mark.parametrize(
+        "mistake",
+        [
+            "GRANT SELECT ON notes TO todo_app",
+            "GRANT SELECT (body) ON notes TO PUBLIC",
+            "GRANT DELETE ON notes TO todo_app",
+            "GRANT TRUNCATE ON notes TO todo_app",
+            f"{FENCE}; ALTER TABLE notes DISABLE ROW LEVEL SECURITY",
+            f"{FENCE}; ALTER TABLE notes NO FORCE ROW LEVEL SECURITY",
+            f"{FENCE}; DROP POLICY fence ON notes",
+            f"{FENCE}; ALTER POLICY fence ON notes TO todo_auth",
+            f"{FENCE}; ALTER POLICY fence ON notes USING (user_id IS NOT NULL)",
+            f"{FENCE}; ALTER POLICY fence ON notes WITH CHECK (true)",
+            f"{FENCE}; ALTER POLICY fence ON notes USING (body {RULE})",
+            FENCE.replace("AS RESTRICTIVE USING", "AS RESTRICTIVE FOR UPDATE USING"),
+            FENCE.replace("AS RESTRICTIVE", ""),
+            f"{SHARED}; GRANT UPDATE (body) ON notes TO todo_app",
+            f"{SHARED}; GRANT DELETE ON notes TO todo_app",
+            SHARED.replace("todo_db_shared", "everybody"),
+        ],
+    )
+    async def test_D6_refuses_and_names_one_that_is_not(
+        self, url: str, owner: Connection, mistake: str
+    ) -> None:
+        await owner.execute(mistake)
+        database = Database.from_url(url)
+        with pytest.raises(IsolationError, match=r"without a fence: notes\."):
+            await database.open()

@@ -418,9 +418,9 @@ class TestRefusals:
         self, db: Database, witness: Witness, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """With validation off, so that bad values reach the driver and the server."""
-        monkeypatch.setattr("todo_db.inputs._text", lambda _field, value, _longest: value)
-        monkeypatch.setattr("todo_db.inputs._not_blank", lambda _field, value: value)
-        monkeypatch.setattr("todo_db.inputs._bigint", lambda _field, value: value)
+        monkeypatch.setattr("todo_db.inputs.text", lambda _field, value, _longest: value)
+        monkeypatch.setattr("todo_db.inputs.not_blank", lambda _field, value: value)
+        monkeypatch.setattr("todo_db.inputs.bigint", lambda _field, value: value)
         failed = 0
         for name, given in arguments(1).items():
             for field in given.keys() - {"sort", "cursor", "tasks", "expected_updated_at"}:

@@ -23,24 +23,46 @@ from todo_db.errors import (
     TodoDBError,
     UnavailableError,
 )
+from todo_db.fence import OWNER, PRINTED_RULE, ROLE
 from todo_db.logins import role_settings
-from todo_db.models import REVISION
+from todo_db.models import REVISION, VERSION_TABLE
 from todo_db.records import Health
 from todo_db.repositories import Operation, Retry, TaskRepository, UserRepository
 from todo_db.repositories.statements import Row
 from todo_db.settings import Settings
 from todo_db.transaction import NO_USER, Transaction, TransactionPreamble, TransactionScope
 
-# Asked as the role of the transactions, about its tables and itself, and about the connection.
-_CHECK: Final = """
+# Asked as the role of the transactions, about all tables that it can touch, about itself and its
+# login, and about the connection.
+_CHECK: Final = f"""
+    WITH tables AS (
+        SELECT c.*, c.oid::regclass::text AS name,
+            EXISTS (SELECT FROM pg_policy WHERE polrelid = c.oid AND polname = 'todo_db_shared')
+                AND NOT has_any_column_privilege(c.oid, 'INSERT, UPDATE')
+                AND NOT has_table_privilege(c.oid, 'DELETE, TRUNCATE') AS is_shared
+        FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+        WHERE relkind IN ('r', 'p', 'f') AND nspname !~ '^pg_' AND nspname <> 'information_schema'
+            AND (has_any_column_privilege(c.oid, 'SELECT, INSERT, UPDATE')
+                OR has_table_privilege(c.oid, 'DELETE, TRUNCATE'))
+    ), touched AS (
+        SELECT *, row_security_active(oid) AND relforcerowsecurity AND EXISTS (
+            SELECT FROM pg_policy, concat(
+                CASE name WHEN 'users' THEN '(id ' ELSE '({OWNER} ' END, $4::text) AS rule
+            WHERE polrelid = tables.oid AND NOT polpermissive AND polcmd = '*'
+                AND polroles && ARRAY[0, '{ROLE}'::regrole::oid]
+                AND pg_get_expr(polqual, polrelid) = rule
+                AND coalesce(pg_get_expr(polwithcheck, polrelid), rule) = rule) AS is_fenced
+        FROM tables WHERE name <> '{VERSION_TABLE}'
+    )
     SELECT
         pg_backend_pid() AS server_pid,
         EXISTS (SELECT FROM pg_prepared_statements WHERE starts_with(name, $1)) AS keeps_our_names,
         (SELECT max(version_num) FROM todo_db_version) AS revision,
-        count(*) FILTER (WHERE c.oid IS NULL) AS missing,
-        count(*) FILTER (WHERE NOT row_security_active(c.oid)) AS unfenced,
-        count(*) FILTER (WHERE NOT c.relforcerowsecurity) AS unforced,
-        count(*) FILTER (WHERE pg_has_role(current_user, c.relowner, 'MEMBER')) AS owned,
+        (SELECT count(*) FROM unnest(ARRAY['users', 'tasks', 'idempotency_keys']) AS name
+            WHERE to_regclass('public.' || name) IS NULL) AS missing,
+        string_agg(name, ', ' ORDER BY name) FILTER (WHERE NOT is_fenced AND NOT is_shared)
+            AS unfenced,
+        count(*) FILTER (WHERE pg_has_role(current_user, relowner, 'MEMBER')) AS owned,
         (SELECT count(*) FROM pg_roles r WHERE (r.rolsuper OR r.rolbypassrls)
             AND pg_has_role(current_user, r.oid, 'MEMBER')) AS bypassing,
         current_setting('row_security') AS row_security,
@@ -64,9 +86,8 @@ _CHECK: Final = """
             WHERE s.reset_val <> CASE s.name
                 WHEN 'statement_timeout' THEN $2 WHEN 'lock_timeout' THEN $3
             END) AS differing
-    FROM unnest(ARRAY['users', 'tasks', 'idempotency_keys']) AS name
-    LEFT JOIN pg_class c ON c.oid = to_regclass('public.' || name)
-"""
+    FROM touched
+"""  # noqa: S608  # constants
 _STATE: Final = """
     SELECT current_setting('server_version') AS server_version, max(version_num) AS revision
     FROM public.todo_db_version
@@ -399,16 +420,23 @@ class Database:
             own = role_settings(self._settings)
             timeouts = own["statement_timeout"], own["lock_timeout"]
             try:
-                row = tuple(await scope.fetch_row(_CHECK, driver.statement_prefix, *timeouts))
+                row = tuple(
+                    await scope.fetch_row(_CHECK, driver.statement_prefix, *timeouts, PRINTED_RULE)
+                )
             except IsolationError:
                 # The role may not read the version table.
                 raise SchemaError from None
-        server_pid, keeps_our_names, revision, missing, *weaknesses = row[:-3]
+        server_pid, keeps_our_names, revision, missing, unfenced, owned, bypassing = row[:-3]
         row_security, reason, differing = row[-3:]
         if missing or revision is None or revision < REVISION:
             raise SchemaError
-        if any(weaknesses):
+        if owned or bypassing:
             raise IsolationError("the role of the transactions is not bound by row-level security")
+        if unfenced is not None:
+            raise IsolationError(
+                f"{ROLE} can reach tables without a fence: {unfenced}. Use op.fence or op.share in "
+                "a migration, or revoke the rights"
+            )
         if row_security != "on":
             raise IsolationError(
                 "row_security is off for the login or the database, and row-level security then "

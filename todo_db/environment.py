@@ -17,12 +17,9 @@ from sqlalchemy.schema import SchemaItem
 
 from todo_db.engine import create_direct_engine
 from todo_db.errors import ConfigurationError, IsolationError, TodoDBError, translated
-from todo_db.models import OUR_COLUMNS, OUR_NAMES, REVISION, Base
+from todo_db.models import OUR_COLUMNS, OUR_NAMES, REVISION, VERSION_TABLE, Base
 from todo_db.operations import APPLICATION
 from todo_db.settings import Settings
-
-VERSION_TABLE: Final = "todo_db_version"
-"""The last migration of the package that ran. Alembic's `alembic_version` is the application's."""
 
 LOCK_SQL: Final = (
     # The application uses this path, and the migrating role may have another one.

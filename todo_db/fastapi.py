@@ -187,17 +187,27 @@ PathUserId = Annotated[str, Depends(path_user_id)]
 """The id of the user who sent the request, for paths like `/api/{user_id}/tasks`."""
 
 
-def _tasks(database: Annotated[Database, Depends(current_database)]) -> TaskRepository:
-    return database.tasks
+CurrentDatabase = Annotated[Database, Depends(current_database)]
+"""The `Database` that the lifespan opened."""
 
 
-def _users(database: Annotated[Database, Depends(current_database)]) -> UserRepository:
-    return database.users
+def repository[R](make: Callable[[Database], R]) -> Callable[[Database], R]:
+    """Return a dependency that gives a repository on the database, such as one of your own.
+
+    ```python
+    Labels = Annotated[LabelRepository, Depends(repository(LabelRepository))]
+    ```
+    """
+
+    def on_database(database: CurrentDatabase) -> R:
+        return make(database)
+
+    return on_database
 
 
-Tasks = Annotated[TaskRepository, Depends(_tasks)]
+Tasks = Annotated[TaskRepository, Depends(repository(TaskRepository))]
 """The repository of tasks; each call is its own transaction."""
-Users = Annotated[UserRepository, Depends(_users)]
+Users = Annotated[UserRepository, Depends(repository(UserRepository))]
 """The repository of users; each call is its own transaction."""
 
 
@@ -231,7 +241,7 @@ _health: Final = APIRouter(tags=["health"])
 
 
 @_health.get("/health", responses={503: {"description": "Not ready to serve"}})
-async def health(database: Annotated[Database, Depends(current_database)]) -> JSONResponse:
+async def health(database: CurrentDatabase) -> JSONResponse:
     """Say whether the database answers and is migrated, and nothing else."""
     seen = await database.health()
     status = HTTPStatus.OK if seen.ok else HTTPStatus.SERVICE_UNAVAILABLE

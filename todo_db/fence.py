@@ -28,6 +28,12 @@ ROLE: Final = "todo_app"
 RULE: Final = "= nullif((SELECT current_setting('todo_db.user_id', true)), '')"
 """Follows the name of the column that names the user, in every policy of an owned table."""
 
+PRINTED_RULE: Final = (
+    "= NULLIF(( SELECT current_setting('todo_db.user_id'::text, true) AS current_setting),"
+    " ''::text))"
+)
+"""The same as PostgreSQL 15 to 18 print it, behind a bracket and the name of the column."""
+
 # A key of `Column.info`. Of a table, Alembic would write the info into migrations.
 _DECLARED: Final = "todo_db"
 _LONGEST_NAME: Final = 63

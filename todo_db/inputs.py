@@ -1,8 +1,9 @@
 """Validation of arguments, before any SQL is sent. An invalid value is never repeated.
 
-Each check returns the value to store, or raises `InvalidInputError` with the field's name. Values
-are not trimmed, case-folded or normalised. Only an e-mail address is lower-cased, because Better
-Auth searches for the lower-case form.
+Each check returns the value to store, or raises `InvalidInputError` with the field's name. The
+first four are for any column, also of an application's own tables. Values are not trimmed,
+case-folded or normalised. Only an e-mail address is lower-cased, because Better Auth searches for
+the lower-case form.
 """
 
 import re
@@ -54,24 +55,66 @@ class UserChanges(TypedDict, total=False):
     image: str | None
 
 
+def text(field: str, value: object, longest: int) -> str:
+    """Check a text: up to `longest` code points that PostgreSQL can store; it may be empty."""
+    if not isinstance(value, str):
+        raise InvalidInputError(field, "must be a str")
+    if len(value) > longest:
+        raise InvalidInputError(field, f"must have at most {longest} characters")
+    if "\x00" in value:
+        raise InvalidInputError(field, "must not contain NUL")
+    if not value.isascii() and _SURROGATE.search(value):
+        raise InvalidInputError(field, "must not contain lone surrogates")
+    return value
+
+
+def not_blank(field: str, value: str) -> str:
+    """Check that a text has a visible character."""
+    # Printable text that is not all spaces is the usual case, and needs no look at each character.
+    if value.isascii() and value.isprintable() and not value.isspace() and value:
+        return value
+    if all(char.isspace() or unicodedata.category(char) in _BLANK_CATEGORIES for char in value):
+        raise InvalidInputError(field, "must not be blank")
+    return value
+
+
+def bigint(field: str, value: object) -> int:
+    """Check a number: an `int` that fits in PostgreSQL's bigint."""
+    if type(value) is not int:
+        raise InvalidInputError(field, "must be an int")
+    if not -BIGINT_MAX - 1 <= value <= BIGINT_MAX:
+        raise InvalidInputError(field, "must fit in 64 bits")
+    return value
+
+
+def batch(field: str, value: object) -> list[object]:
+    """Check a list of a bulk statement: up to 10,000 items."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise InvalidInputError(field, "must be a list")
+    items = list(islice(cast("Iterable[object]", value), BATCH_MAX + 1))
+    if len(items) > BATCH_MAX:
+        raise InvalidInputError(field, f"must have at most {BATCH_MAX} items")
+    return items
+
+
 def user_id(value: object) -> str:
     """Check a user id: 1 to 255 characters, not all blank; ids are compared exactly."""
-    return _not_blank("user_id", _text("user_id", value, USER_ID_MAX))
+    return not_blank("user_id", text("user_id", value, USER_ID_MAX))
 
 
 def task_id(value: object) -> int:
     """Check a task id: an `int` that fits in PostgreSQL's bigint."""
-    return _bigint("task_id", value)
+    return bigint("task_id", value)
 
 
 def task_ids(value: object) -> list[str]:
     """Check the ids of a bulk statement; return them as strings, for its text[] parameter."""
-    return [str(_bigint("task_ids", item)) for item in _batch("task_ids", value)]
+    return [str(bigint("task_ids", item)) for item in batch("task_ids", value)]
 
 
 def new_tasks(value: object) -> list[NewTask]:
     """Check tasks for one bulk INSERT."""
-    tasks = _batch("tasks", value)
+    tasks = batch("tasks", value)
     for task in tasks:
         if not isinstance(task, NewTask):
             raise InvalidInputError("tasks", "must contain NewTask and nothing else")
@@ -83,12 +126,12 @@ def new_tasks(value: object) -> list[NewTask]:
 
 def title(value: object) -> str:
     """Check a title: 1 to 200 code points, at least one of them visible."""
-    return _not_blank("title", _text("title", value, TITLE_MAX))
+    return not_blank("title", text("title", value, TITLE_MAX))
 
 
 def description(value: object) -> str | None:
     """Check a description: up to 65,536 code points, or None."""
-    return None if value is None else _text("description", value, DESCRIPTION_MAX)
+    return None if value is None else text("description", value, DESCRIPTION_MAX)
 
 
 def completed(value: object) -> bool:
@@ -100,7 +143,7 @@ def completed(value: object) -> bool:
 
 def idempotency_key(value: object) -> str:
     """Check an idempotency key: 1 to 255 characters, not all blank."""
-    return _not_blank("idempotency_key", _text("idempotency_key", value, KEY_MAX))
+    return not_blank("idempotency_key", text("idempotency_key", value, KEY_MAX))
 
 
 def task_changes(values: TaskChanges) -> TaskChanges:
@@ -115,28 +158,28 @@ def user_changes(values: UserChanges) -> UserChanges:
 
 def email(value: object) -> str:
     """Check an e-mail address, and return it in lower case."""
-    address = _text("email", value, EMAIL_MAX).lower()
+    address = text("email", value, EMAIL_MAX).lower()
     if not _EMAIL.fullmatch(address):
         raise InvalidInputError("email", "must be an e-mail address")
     # Lower-casing can make a text longer.
-    return _text("email", address, EMAIL_MAX)
+    return text("email", address, EMAIL_MAX)
 
 
 def name(value: object) -> str:
     """Check a person's name; it may be empty."""
-    return _text("name", value, NAME_MAX)
+    return text("name", value, NAME_MAX)
 
 
 def username(value: object) -> str | None:
     """Check a username, or None."""
     if value is None:
         return None
-    return _not_blank("username", _text("username", value, NAME_MAX))
+    return not_blank("username", text("username", value, NAME_MAX))
 
 
 def image(value: object) -> str | None:
     """Check the URL of an image, or None."""
-    return None if value is None else _text("image", value, IMAGE_MAX)
+    return None if value is None else text("image", value, IMAGE_MAX)
 
 
 def limit(value: object) -> int:
@@ -153,7 +196,7 @@ def search(value: object) -> str | None:
     """
     if value is None or value == "":
         return None
-    found = _text("search", value, SEARCH_MAX)
+    found = text("search", value, SEARCH_MAX)
     return f"%{re.sub(r'([\\%_])', r'\\\1', found)}%"
 
 
@@ -173,44 +216,6 @@ def timestamp(field: str, value: object) -> datetime:
     except OverflowError:
         failure = InvalidInputError(field, "must be within the years 1 to 9999 in UTC")
     raise failure
-
-
-def _text(field: str, value: object, longest: int) -> str:
-    if not isinstance(value, str):
-        raise InvalidInputError(field, "must be a str")
-    if len(value) > longest:
-        raise InvalidInputError(field, f"must have at most {longest} characters")
-    if "\x00" in value:
-        raise InvalidInputError(field, "must not contain NUL")
-    if not value.isascii() and _SURROGATE.search(value):
-        raise InvalidInputError(field, "must not contain lone surrogates")
-    return value
-
-
-def _not_blank(field: str, value: str) -> str:
-    # Printable text that is not all spaces is the usual case, and needs no look at each character.
-    if value.isascii() and value.isprintable() and not value.isspace() and value:
-        return value
-    if all(char.isspace() or unicodedata.category(char) in _BLANK_CATEGORIES for char in value):
-        raise InvalidInputError(field, "must not be blank")
-    return value
-
-
-def _bigint(field: str, value: object) -> int:
-    if type(value) is not int:
-        raise InvalidInputError(field, "must be an int")
-    if not -BIGINT_MAX - 1 <= value <= BIGINT_MAX:
-        raise InvalidInputError(field, "must fit in 64 bits")
-    return value
-
-
-def _batch(field: str, value: object) -> list[object]:
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        raise InvalidInputError(field, "must be a list")
-    items = list(islice(cast("Iterable[object]", value), BATCH_MAX + 1))
-    if len(items) > BATCH_MAX:
-        raise InvalidInputError(field, f"must have at most {BATCH_MAX} items")
-    return items
 
 
 _TASK_CHECKS: Final[dict[str, Callable[[object], object]]] = {

@@ -45,6 +45,8 @@ from todo_db.fence import OWNER, FenceOptions
 
 REVISION: Final = "0004"
 """The migration that creates these tables; a newer database works as well."""
+VERSION_TABLE: Final = "todo_db_version"
+"""Names the last of these migrations that ran. `alembic_version` is the application's."""
 
 USER_ID_MAX: Final = 255
 KEY_MAX: Final = 255

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Table, text
 
 from todo_db.fence import (
     OWNER,
+    PRINTED_RULE,
     ROLE,
     Fence,
     fence_of,
@@ -272,11 +273,7 @@ _STORED: Final = text(f"""
             AND tgfoid = to_regproc('public.set_updated_at') AND tgenabled IN ('O', 'A')) AS touch
     FROM pg_class c WHERE c.oid = to_regclass(:name)
 """)  # noqa: S608  # a constant
-# As PostgreSQL 15 to 18 print `RULE`.
-_MINE: Final = (
-    f"({OWNER} = NULLIF(( SELECT current_setting('todo_db.user_id'::text, true)"
-    " AS current_setting), ''::text))"
-)
+_MINE: Final = f"({OWNER} {PRINTED_RULE}"
 # The tables of todo_db to which an application may add columns that todo_app reads and writes.
 _EXTENSIBLE: Final = frozenset({"tasks", "users"})
 _FENCED: Final = [

@@ -19,13 +19,13 @@ from todo_db.errors import (
     connection_lost,
     is_server_error,
 )
+from todo_db.fence import ROLE
 from todo_db.gate import State, TransactionGate
 from todo_db.repositories import Operation, TaskRepository, UserRepository
 from todo_db.repositories.statements import Row
 from todo_db.session import TransactionSession, create_session
 from todo_db.settings import Settings
 
-ROLE: Final = "todo_app"
 NO_USER: Final = ""
 """The user id of the package's own transactions: no row belongs to it."""
 

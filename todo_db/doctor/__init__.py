@@ -13,9 +13,9 @@ from todo_db.doctor.catalogue import SETTINGS, STATEMENT, catalogued, difference
 from todo_db.doctor.checks import CHECKS, QUERY
 from todo_db.engine import Endpoint, Pool, PooledConnection, parse_url, transport
 from todo_db.errors import translated
+from todo_db.fence import ROLE
 from todo_db.models import REVISION
 from todo_db.settings import Settings
-from todo_db.transaction import ROLE
 
 _SKEW_SECONDS: Final = 5.0
 _OLDEST: Final = 150_000

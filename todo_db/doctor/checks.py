@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Final
 
+from todo_db.fence import ROLE
 from todo_db.models import REVISION
-from todo_db.transaction import ROLE
 
 
 @dataclass(frozen=True, slots=True)
