@@ -23,8 +23,8 @@ from todo_db.models import Base
 # Better Auth's plugins may add columns to these tables.
 _SHARED = frozenset({"users", "sessions", "accounts", "verifications", "jwks"})
 # Before its first release, this package used Alembic's own name for its version table.
-_HAS_OLD_NAME = text(f"""
-    SELECT to_regclass('public.{VERSION_TABLE}') IS NULL
+_HAS_OLD_NAME = text("""
+    SELECT to_regclass('public.todo_db_version') IS NULL
         AND to_regclass('public.alembic_version') IS NOT NULL
         AND EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass('public.tasks')
             AND conname = 'ck_tasks_title_not_blank')
