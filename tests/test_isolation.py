@@ -359,16 +359,16 @@ class TestPolicies:
     async def test_B7_call_it_alone_in_a_sub_select(self, owner: Connection) -> None:
         # Supabase's linter looks for this text too.
         alone = re.compile(r"\( SELECT current_setting\('[^']*'::text, true\) AS current_setting\)")
-        texts = [
-            text
+        rules = [
+            rule
             for row in await owner.fetch("SELECT qual, with_check FROM pg_policies")
-            for text in row
-            if text != "true"
+            for rule in row
+            if rule != "true"
         ]
-        assert len(texts) == 12
-        for text in texts:
-            assert len(alone.findall(text)) == 1
-            assert "current_setting(" not in alone.sub("", text)
+        assert len(rules) == 12
+        for rule in rules:
+            assert len(alone.findall(rule)) == 1
+            assert "current_setting(" not in alone.sub("", rule)
 
     async def test_B5_prepared_plan_does_not_remember_its_user(
         self, url: str, owner: Connection, victim: Victim

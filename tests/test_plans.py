@@ -1,6 +1,7 @@
 """The plans of all statements, with 200,000 tasks of 1,000 users."""
 
 import json
+import re
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from datetime import datetime
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import asyncpg
 import pytest
 import pytest_asyncio
-from cases import Case, cases, rows_of
+from cases import Case, Rows, cases, rows_of
 from driver import Connection
 from shapes import SHAPES
 
@@ -107,6 +108,16 @@ class Plan:
                 for scan in scans
             ),
             start=0.0,
+        )
+
+    @property
+    def rows_passed(self) -> float:
+        """The number of rows that all nodes returned or removed, once for each time they did."""
+        return sum(
+            float(value * node["Actual Loops"])
+            for node in self.nodes
+            for key, value in node.items()
+            if key == "Actual Rows" or key.startswith("Rows Removed")
         )
 
     @property
@@ -461,6 +472,67 @@ def parts(plan: Plan) -> dict[str, object]:
     return {"result": nodes(plan.root)} | {
         name(node): nodes(node) for node in plan.nodes if name(node)
     }
+
+
+# alice's tasks, and others' between them.
+MINE = """
+    INSERT INTO tasks (user_id, title, completed)
+    SELECT CASE WHEN n % 2 = 0 THEN 'alice' ELSE 'bob' END, 'task ' || n, n % 4 = 0
+    FROM generate_series(1, 4000) AS n
+"""
+BULKS = [
+    name for name in SHAPES if re.match("tasks_(update_many|delete_many|delete_completed)", name)
+]
+
+
+@pytest_asyncio.fixture(params=["never", "before", "when empty", "with one task"])
+async def unknown(
+    todo_postgres: EmbeddedPostgres, todo_database_name: str, request: pytest.FixtureRequest
+) -> AsyncGenerator[tuple[Connection, Rows]]:
+    """The owner's connection to a database whose statistics do not tell of alice's 2,000 tasks.
+
+    It was analysed never, or at a time before she had any.
+    """
+    url = todo_postgres.url(database=todo_database_name)
+    owner: Connection = await asyncpg.connect(url, statement_cache_size=0)
+    await owner.execute(
+        """INSERT INTO users (id, email) SELECT id, id || '@example.org'
+        FROM (SELECT 'user-' || n FROM generate_series(1, 2000) AS n
+            UNION ALL VALUES ('alice'), ('bob')) AS everyone (id);
+        ALTER TABLE tasks SET (autovacuum_enabled = off)"""
+    )
+    if request.param == "with one task":
+        await owner.execute("INSERT INTO tasks (user_id, title) VALUES ('bob', 'x')")
+    if request.param == "before":
+        await owner.execute(
+            "INSERT INTO tasks (user_id, title)"
+            " SELECT 'user-' || n % 2000 + 1, 'x' FROM generate_series(1, 20000) AS n"
+        )
+    if request.param != "never":
+        await owner.execute("VACUUM (ANALYZE) tasks")
+    await owner.execute(MINE)
+    yield owner, await rows_of(owner, "alice")
+    await owner.close()
+
+
+class TestBulkWithoutStatistics:
+    @pytest.mark.parametrize("mode", ["force_custom_plan", "force_generic_plan"])
+    @pytest.mark.parametrize("shape", BULKS)
+    async def test_does_not_compare_every_row_with_every_id(
+        self, unknown: tuple[Connection, Rows], shape: str, mode: str
+    ) -> None:
+        connection, rows = unknown
+        everything = {"task_ids": [str(task_id) for task_id in rows.task_ids]}
+        assert len(rows.task_ids) == 2000
+        explainer = Alone(connection, list(cases(rows, "bob", NO_USER)))
+        case = explainer.cases(shape)[0]
+        case = case._replace(values={**case.values, **everything})
+        for compiled in (case.statement.in_transaction, case.statement.alone):
+            plan = await explainer.explain(compiled, case, mode)
+            # Each node returns each row once, or removes it. It may be bob's.
+            assert plan.rows_passed <= 4000 * len(plan.nodes)
+            # An array that is not in the index is compared with each row, which no count shows.
+            assert "= ANY" not in "".join(str(node.get("Filter")) for node in plan.nodes)
 
 
 @pytest_asyncio.fixture(scope="module")
