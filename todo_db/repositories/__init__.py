@@ -1,7 +1,10 @@
-"""The repositories: the only code that builds SQL statements."""
+"""The repositories: the only code that builds SQL statements.
 
-from todo_db.repositories.statements import Executor, Operation, Retry, Statement
+An application writes repositories of its own in the same way (`docs/how-to/own-tables.md`).
+"""
+
+from todo_db.repositories.statements import Executor, Operation, Retry, Row, Statement
 from todo_db.repositories.tasks import TaskRepository
 from todo_db.repositories.users import UserRepository
 
-__all__ = ["Executor", "Operation", "Retry", "Statement", "TaskRepository", "UserRepository"]
+__all__ = ["Executor", "Operation", "Retry", "Row", "Statement", "TaskRepository", "UserRepository"]

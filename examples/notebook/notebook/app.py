@@ -5,7 +5,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, status
 from pydantic import AwareDatetime, BaseModel, Field
-from sqlalchemy import select
 from sqlalchemy.orm import selectinload
 
 from notebook.labels import LabelRecord, LabelRepository
@@ -93,7 +92,7 @@ async def put_due_date(
     user_id: CurrentUserId, database: CurrentDatabase, task_id: int, due: DueDate
 ) -> datetime | None:
     async def work(tx: Transaction) -> datetime | None:
-        task = await tx.session().scalar(select(DatedTask).where(DatedTask.id == task_id))
+        task = await tx.session().get(DatedTask, task_id)
         if task is None:
             raise NotFoundError
         task.due_at = due.due_at
@@ -117,13 +116,10 @@ async def create_conversation(
 async def get_conversation(
     user_id: CurrentUserId, database: CurrentDatabase, conversation_id: int
 ) -> ConversationView:
-    statement = (
-        select(Conversation)
-        .where(Conversation.id == conversation_id)
-        .options(selectinload(Conversation.messages))
-    )
     async with database.transaction(user_id, read_only=True) as tx:
-        conversation = await tx.session().scalar(statement)
+        conversation = await tx.session().get(
+            Conversation, conversation_id, options=[selectinload(Conversation.messages)]
+        )
         if conversation is None:
             raise NotFoundError
         return ConversationView.model_validate(conversation)

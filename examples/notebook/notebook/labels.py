@@ -59,7 +59,9 @@ class LabelRepository:
             return page_of(labels, limit, _SCOPE, lambda label: (label.name, label.id))
 
         values = {"after_name": name, "after_id": label_id, "limit": limit + 1}
-        return await self._executor.perform(user_id, Operation(_LIST, values, page, Retry.READ_ONLY))
+        return await self._executor.perform(
+            user_id, Operation(_LIST, values, page, Retry.READ_ONLY)
+        )
 
 
 def _one(rows: Sequence[Row]) -> LabelRecord:
@@ -89,7 +91,9 @@ _LIST: Final = Statement(
         .where(
             Label.user_id == owner,
             tuple_(Label.name, Label.id)
-            > tuple_(bindparam("after_name", type_=String()), bindparam("after_id", type_=BigInteger())),
+            > tuple_(
+                bindparam("after_name", type_=String()), bindparam("after_id", type_=BigInteger())
+            ),
         )
         .order_by(Label.name, Label.id)
         .limit(bindparam("limit", type_=Integer()))

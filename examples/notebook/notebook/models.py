@@ -6,6 +6,7 @@ from typing import Literal
 from sqlalchemy import BigInteger, DateTime, Identity, String, Text, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
+from todo_db.fence import FenceOptions
 from todo_db.models import Base, Owned, Task, Timestamps, owned_reference
 
 
@@ -44,7 +45,7 @@ class Message(Owned, Base):
     """One message of a conversation. It can be added and deleted, and never changed."""
 
     __tablename__ = "messages"
-    __fence__ = {"update": []}
+    __fence__ = FenceOptions(update=[])
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
     conversation_id: Mapped[int] = owned_reference(Conversation.id)
