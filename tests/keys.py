@@ -73,7 +73,7 @@ async def other_arguments_are_refused(db: Database, owner: Connection, _victim: 
 
 
 async def lost_commit_is_resolved(db: Database, owner: Connection, _victim: Victim) -> None:
-    url = db._settings.database_url
+    url = db.settings.database_url
     assert url is not None
     async with (
         Proxy(url.get_secret_value()) as proxy,

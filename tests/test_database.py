@@ -465,8 +465,7 @@ class TestHealth:
     ) -> None:
         async with Database.from_url(
             str(
-                database._settings.database_url
-                and database._settings.database_url.get_secret_value()
+                database.settings.database_url and database.settings.database_url.get_secret_value()
             ),
             lock_timeout_seconds=0.05,
         ) as hasty:

@@ -220,7 +220,7 @@ async def test_package_without(
 ) -> None:
     mutation.apply(monkeypatch)
     # What the database wrote before the mutation is written again.
-    monkeypatch.setattr(scene[0], "_preamble", TransactionPreamble(scene[0]._settings))
+    monkeypatch.setattr(scene[0], "_preamble", TransactionPreamble(scene[0].settings))
     await fails(check, scene)
 
 

@@ -645,7 +645,7 @@ class TestFaults:
 
 def database_of(db: Database, **settings: Any) -> Database:  # noqa: ANN401  # as for `database`
     """Return another Database on the same URL."""
-    secret = db._settings.database_url
+    secret = db.settings.database_url
     assert secret is not None
     return database(secret.get_secret_value(), **settings)
 

@@ -107,14 +107,15 @@ class Database:
     Belongs to one event loop. Opens itself on first use; `async with` also closes it.
 
     Attributes:
+        settings: What it was made with.
         tasks: Tasks, each call in a transaction of its own.
         users: Users, each call in a transaction of its own.
     """
 
     def __init__(self, settings: Settings) -> None:
+        self.settings: Final = settings
         self.tasks: Final = TaskRepository(self)
         self.users: Final = UserRepository(self)
-        self._settings = settings
         self._pool = Pool(settings)
         self._preamble = TransactionPreamble(settings)
         self._opening = asyncio.Lock()
@@ -161,14 +162,14 @@ class Database:
                 raise copy.copy(self._failure)
             if self._closed:
                 # The old one belongs to the loop that it was used on.
-                self._pool = Pool(self._settings)
+                self._pool = Pool(self.settings)
             try:
                 await self._retried(self._check, repeatable=True)
             except BaseException as error:
                 if isinstance(error, TodoDBError):
                     self._failures, self._failure = self._failures + 1, copy.copy(error)
                 # The application does not close what did not open.
-                failed, self._pool = self._pool, Pool(self._settings)
+                failed, self._pool = self._pool, Pool(self.settings)
                 await failed.close()
                 raise
             self._is_open = True
@@ -401,7 +402,7 @@ class Database:
                 )
             if is_used:
                 self._pool.abandon()
-            self._pool = Pool(self._settings)
+            self._pool = Pool(self.settings)
             self._opening = asyncio.Lock()
             self._is_open = False
         self._loop, self._process = loop, process
@@ -417,7 +418,7 @@ class Database:
         async with self._own_transaction() as scope:
             driver = scope.connection.driver
             told_pid = driver.get_server_pid()
-            own = role_settings(self._settings)
+            own = role_settings(self.settings)
             timeouts = own["statement_timeout"], own["lock_timeout"]
             try:
                 row = tuple(
@@ -487,13 +488,13 @@ class Database:
         try:
             return await attempt()
         except TodoDBError as error:
-            if self._settings.retry_attempts == 1 or not should_retry(error):
+            if self.settings.retry_attempts == 1 or not should_retry(error):
                 raise
         try:
             async for retry in stamina.retry_context(  # pragma: no branch  # returns or raises
                 on=should_retry,
-                attempts=self._settings.retry_attempts - 1,
-                timeout=self._settings.retry_timeout_seconds,
+                attempts=self.settings.retry_attempts - 1,
+                timeout=self.settings.retry_timeout_seconds,
                 wait_initial=0.05,
                 wait_max=2.0,
                 wait_jitter=0.1,

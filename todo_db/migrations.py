@@ -10,8 +10,16 @@ from alembic import command
 from alembic.config import Config
 
 from todo_db.environment import configure
+from todo_db.errors import ConfigurationError
 
-__all__ = ["alembic_config", "configure", "downgrade", "script_directory", "upgrade"]
+__all__ = [
+    "alembic_config",
+    "alembic_file",
+    "configure",
+    "downgrade",
+    "script_directory",
+    "upgrade",
+]
 
 # Alembic keeps its state in module globals.
 _one_at_a_time: Final = Lock()
@@ -39,20 +47,37 @@ def alembic_config(url: str | None = None) -> Config:
     return config
 
 
-async def upgrade(url: str, revision: str = "head") -> None:
+def alembic_file(path: Path) -> Config:
+    """Return the Alembic configuration of an application, from its `pyproject.toml` or its `.ini`.
+
+    Raises:
+        ConfigurationError: There is no such file.
+    """
+    if not path.is_file():
+        raise ConfigurationError("there is no file with the Alembic settings of the application")
+    return Config(toml_file=path) if path.suffix == ".toml" else Config(path)
+
+
+async def upgrade(url: str, revision: str = "head", *, config: Config | None = None) -> None:
     """Migrate a database up to a revision. Migrations that already ran are not run again.
 
     One transaction, under an advisory lock; it has committed when this returns. Errors of the
     database are SQLAlchemy's.
+
+    Args:
+        url: The database, as its owner; the direct endpoint is used.
+        revision: Where to stop.
+        config: Of an application's own migrations; by default those of todo_db.
     """
-    await asyncio.to_thread(_run, command.upgrade, url, revision)
+    await asyncio.to_thread(_run, command.upgrade, config or alembic_config(), url, revision)
 
 
 async def downgrade(url: str, revision: str) -> None:
     """Migrate a database down to a revision, such as `-1` or `base`. This deletes rows."""
-    await asyncio.to_thread(_run, command.downgrade, url, revision)
+    await asyncio.to_thread(_run, command.downgrade, alembic_config(), url, revision)
 
 
-def _run(run: Callable[[Config, str], None], url: str, revision: str) -> None:
+def _run(run: Callable[[Config, str], None], config: Config, url: str, revision: str) -> None:
     with _one_at_a_time:
-        run(alembic_config(url), revision)
+        config.attributes["url"] = url
+        run(config, revision)

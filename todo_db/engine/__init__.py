@@ -6,7 +6,7 @@ from todo_db.engine.connection import (
     create_direct_engine,
     execute_unlogged,
 )
-from todo_db.engine.driver import STALE_ROWS, STALE_STATEMENT, transport
+from todo_db.engine.driver import STALE_ROWS, STALE_STATEMENT, observe_answers, transport
 from todo_db.engine.pool import Pool
 from todo_db.engine.url import Endpoint, parse_url
 
@@ -19,6 +19,7 @@ __all__ = [
     "connect_failure",
     "create_direct_engine",
     "execute_unlogged",
+    "observe_answers",
     "parse_url",
     "transport",
 ]

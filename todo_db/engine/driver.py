@@ -6,7 +6,8 @@ with the reason; `tests/test_driver.py` fails when a new version of either no lo
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
+from contextlib import contextmanager
 from itertools import count
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final, Never, Protocol, cast, override
@@ -66,6 +67,21 @@ class Gate(Protocol):
         ...
 
 
+# The last bytes of every answer: ReadyForQuery, and the state of the session.
+_ANSWERED: Final = re.compile(rb"Z\0\0\0\x05[ITE]\Z")
+_observers: Final[list[Callable[[], None]]] = []
+
+
+@contextmanager
+def observe_answers(note: Callable[[], None]) -> Generator[None]:
+    """Call `note` at the end of every answer of a server, on all connections of this process."""
+    _observers.append(note)
+    try:
+        yield
+    finally:
+        _observers.remove(note)
+
+
 # 57P01, 57P03 and 57P05, fatal: the server ended or refused the session, before it committed. No
 # column of a row can hold these bytes: text has no NUL, and the lengths between columns are small.
 _SERVER_ENDED_IT: Final = re.compile(rb"\0VFATAL\0C57P0[135]\0")
@@ -90,6 +106,9 @@ class _Listener(asyncio.Protocol):
     @override
     def data_received(self, data: bytes) -> None:
         self._before, self._last = self._last, data[-_LONGEST_ERROR:]
+        if _observers and _ANSWERED.search((self._before + self._last)[-6:]):
+            for note in _observers:
+                note()
         self._protocol.data_received(data)
 
     @override

@@ -1,4 +1,4 @@
-"""A pytest plugin: a real PostgreSQL, and a fresh copy of a migrated database for every test.
+"""A pytest plugin: a real PostgreSQL, a fresh copy of a database for every test, and proofs.
 
 Put `pytest_plugins = ["todo_db.testing"]` into the topmost `conftest.py` (extra `testing`), and use
 the fixture `database`: an open `Database`, connected with the recommended kind of login. Tests
@@ -19,14 +19,32 @@ import pytest_asyncio
 
 from todo_db.database import Database
 from todo_db.embedded import LOGIN, EmbeddedPostgres, folder_in_memory
-from todo_db.migrations import upgrade
+from todo_db.migrations import alembic_file, upgrade
+from todo_db.testing.fenced import assert_fenced
+from todo_db.testing.isolated import assert_isolated
+from todo_db.testing.trips import RoundTrips, count_round_trips
+
+__all__ = ["RoundTrips", "assert_fenced", "assert_isolated", "count_round_trips"]
 
 _TEMPLATE: Final = "todo_template"
 _numbers: Final = count(1)
 
 
 @pytest.fixture(scope="session")
-def todo_postgres() -> Generator[EmbeddedPostgres]:
+def todo_migrations() -> Path | None:
+    """The Alembic settings of the application's own migrations: none; override it in `conftest.py`.
+
+    ```python
+    @pytest.fixture(scope="session")
+    def todo_migrations() -> Path:
+        return Path(__file__).parent.parent / "pyproject.toml"
+    ```
+    """
+    return None
+
+
+@pytest.fixture(scope="session")
+def todo_postgres(todo_migrations: Path | None) -> Generator[EmbeddedPostgres]:
     """The server of this test run, with a migrated database as a template."""
     with (
         # Only root can enter pytest's own folders, and PostgreSQL does not run as root.
@@ -36,9 +54,16 @@ def todo_postgres() -> Generator[EmbeddedPostgres]:
         server.create_database(_TEMPLATE)
         # In another thread, because an event loop may be running in this one.
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(asyncio.run, upgrade(server.url(database=_TEMPLATE))).result()
+            thread.submit(asyncio.run, _migrate(server, todo_migrations)).result()
         server.create_login()
         yield server
+
+
+async def _migrate(server: EmbeddedPostgres, migrations: Path | None) -> None:
+    url = server.url(database=_TEMPLATE)
+    await upgrade(url)
+    if migrations is not None:
+        await upgrade(url, config=alembic_file(migrations))
 
 
 @pytest.fixture
@@ -50,11 +75,14 @@ def todo_database_name(todo_postgres: EmbeddedPostgres) -> Generator[str]:
     todo_postgres.drop_database(name)
 
 
+@pytest.fixture
+def todo_database_url(todo_postgres: EmbeddedPostgres, todo_database_name: str) -> str:
+    """The URL of a fresh copy, for the recommended login: for anyio, unittest, other programs."""
+    return todo_postgres.url(user=LOGIN, database=todo_database_name)
+
+
 @pytest_asyncio.fixture
-async def database(
-    todo_postgres: EmbeddedPostgres, todo_database_name: str
-) -> AsyncGenerator[Database]:
-    """An open `Database` on a fresh copy."""
-    url = todo_postgres.url(user=LOGIN, database=todo_database_name)
-    async with Database.from_url(url) as opened:
+async def database(todo_database_url: str) -> AsyncGenerator[Database]:
+    """An open `Database` on a fresh copy, for tests that pytest-asyncio runs."""
+    async with Database.from_url(todo_database_url) as opened:
         yield opened

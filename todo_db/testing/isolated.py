@@ -1,0 +1,5 @@
+"""x"""
+
+
+async def assert_isolated() -> None:
+    """x"""

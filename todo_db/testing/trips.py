@@ -1,0 +1,40 @@
+"""Round trips to the server, counted where they are made."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from todo_db.engine import observe_answers
+
+
+@dataclass(slots=True)
+class RoundTrips:
+    """How often this process has waited for a server.
+
+    Attributes:
+        count: The number of answers that were complete.
+    """
+
+    count: int = 0
+
+
+@contextmanager
+def count_round_trips() -> Generator[RoundTrips]:
+    """Count the round trips of every `Database` in this process while the block runs.
+
+    A statement that a connection has not prepared costs one more, and connecting costs several: so
+    run what you count once before.
+
+    >>> async def example(database: Database) -> None:
+    ...     await database.tasks.count("alice")
+    ...     with count_round_trips() as trips:
+    ...         await database.tasks.count("alice")
+    ...     assert trips.count == 1
+    """
+    trips = RoundTrips()
+
+    def note() -> None:
+        trips.count += 1
+
+    with observe_answers(note):
+        yield trips
