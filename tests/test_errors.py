@@ -311,6 +311,10 @@ VIOLATIONS = {
     "pk_idempotency_keys": _keys("swordfish", "'swordfish'", number=2),
     "fk_idempotency_keys_user_id_users": _keys("swordfish 2", "'x'"),
     "ck_idempotency_keys_key_length": _keys("swordfish", "repeat('swordfish', 29)"),
+    "ck_idempotency_keys_timestamps_range": (
+        "INSERT INTO idempotency_keys (user_id, key, fingerprint, task_ids, created_at)"
+        " VALUES ('swordfish', 'x', repeat('0', 64), '{}', '0044-03-15 BC')"
+    ),
 }
 FIELDS = {
     "ck_users_id_length": "user_id",
@@ -320,6 +324,7 @@ FIELDS = {
     "ck_tasks_description_length": "description",
     "ck_tasks_timestamps_range": "created_at",
     "ck_idempotency_keys_key_length": "idempotency_key",
+    "ck_idempotency_keys_timestamps_range": "created_at",
 }
 
 

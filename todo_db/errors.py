@@ -243,6 +243,9 @@ _BY_CONSTRAINT: Final[dict[str, Callable[[], TodoDBError]]] = {
     "ck_tasks_description_length": lambda: InvalidInputError(
         "description", "must have at most 65536 characters"
     ),
+    "ck_idempotency_keys_timestamps_range": lambda: InvalidInputError(
+        "created_at", "must be a usual date"
+    ),
     "ck_tasks_timestamps_range": lambda: InvalidInputError("created_at", "must be a usual date"),
 }
 
