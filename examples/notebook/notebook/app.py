@@ -4,11 +4,11 @@ from datetime import datetime
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, status
+from notebook.labels import LabelRecord, LabelRepository
+from notebook.models import Conversation, DatedTask, Message, TaskLabel
 from pydantic import AwareDatetime, BaseModel, Field
 from sqlalchemy.orm import selectinload
 
-from notebook.labels import LabelRecord, LabelRepository
-from notebook.models import Conversation, DatedTask, Message, TaskLabel
 from todo_db import NotFoundError, Transaction
 from todo_db.fastapi import (
     PROBLEMS,

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from notebook.models import Label
 from sqlalchemy import BigInteger, Integer, String, bindparam, delete, insert, select, tuple_
 
-from notebook.models import Label
 from todo_db import ConflictError, NotFoundError, Page, inputs
 from todo_db.pagination import decode, page_of
 from todo_db.repositories import Executor, Operation, Retry, Row, Statement
