@@ -2,9 +2,12 @@
 
 import os
 import re
+import shutil
+import signal
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -33,8 +36,22 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
-def run(program: Path, *arguments: str, folder: Path) -> str:
+@pytest.fixture(scope="module")
+def application(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the developers of an application install."""
+    folder = tmp_path_factory.mktemp("application") / "venv"
+    packages = [f"{wheel}[cli,fastapi,testing]", "httpx", "uvicorn"]
+    subprocess.run(["uv", "venv", "--quiet", "--python", "3.13", folder], check=True)
+    subprocess.run(
+        ["uv", "pip", "install", "--quiet", "--python", folder / "bin" / "python", *packages],
+        check=True,
+    )
+    return folder / "bin"
+
+
+def run(program: Path, *arguments: str, folder: Path, **settings: str) -> str:
     clean = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
+    clean |= settings
     done = subprocess.run(
         [program, *arguments], check=True, capture_output=True, text=True, cwd=folder, env=clean
     )
@@ -75,3 +92,82 @@ class TestWheel:
     ) -> None:
         code = "import sys, todo_db; print('alembic' in sys.modules)"
         assert run(environment / "python", "-c", code, folder=tmp_path) == "False\n"
+
+
+class TestNotebook:
+    def test_its_own_tests_pass(self, application: Path, tmp_path: Path) -> None:
+        folder = shutil.copytree(ROOT / "examples" / "notebook", tmp_path / "notebook")
+        told = run(application / "python", "-m", "pytest", "-q", folder=folder)
+        assert re.search(r"^\d+ passed", told, re.MULTILINE)
+
+
+TABLES: Final = """
+
+class Project(Owned, Base):
+    __tablename__ = "projects"
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    name: Mapped[str] = mapped_column(String(50))
+
+
+class LabelledProject(Owned, Base):
+    __tablename__ = "labelled_projects"
+    project_id: Mapped[int] = owned_reference(Project.id, primary_key=True)
+    label_id: Mapped[int] = owned_reference(Label.id, primary_key=True)
+"""
+TESTS: Final = {
+    "conftest.py": """
+from pathlib import Path
+import pytest
+pytest_plugins = ["todo_db.testing"]
+
+
+@pytest.fixture(scope="session")
+def todo_migrations() -> Path:
+    return Path("pyproject.toml")
+""",
+    "test_isolation.py": """
+import pytest
+from models import Label, LabelledProject, Project
+from todo_db.testing import assert_fenced
+
+
+@pytest.mark.parametrize("model", [Label, Project, LabelledProject])
+async def test_table_is_fenced(database, model):
+    await assert_fenced(database, model)
+""",
+}
+
+
+class TestWalk:
+    """From an empty folder to a proof, with what the how-to says."""
+
+    def test_two_tables_and_a_child_of_both_are_fenced(
+        self, application: Path, tmp_path: Path
+    ) -> None:
+        def call(program: str, *arguments: str) -> str:
+            return run(application / program, *arguments, folder=tmp_path, **settings)
+
+        settings: dict[str, str] = {}
+        call("todo-db", "init")
+        models = tmp_path / "models.py"
+        text = models.read_text().replace("import Base", "import owned_reference, Base")
+        models.write_text(text + TABLES)
+        for name, content in TESTS.items():
+            (tmp_path / name).write_text(content)
+        (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\npythonpath = .\n")
+        server = subprocess.Popen(
+            [application / "todo-db", "serve"], stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        try:
+            assert server.stdout is not None
+            settings["DATABASE_URL"] = server.stdout.readline().strip().partition("=")[2]
+            call("alembic", "revision", "--autogenerate", "-m", "add tables")
+            call("alembic", "upgrade", "head")
+            call("alembic", "check")
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(timeout=20)
+        assert "3 passed" in call("python", "-m", "pytest", "-q")
+        own = [*"".join(TESTS.values()).splitlines(), *TABLES.splitlines()]
+        lines = [line for line in own if line.strip() and "Mapped[" not in line]
+        assert len(lines) <= 25
