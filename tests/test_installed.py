@@ -53,8 +53,13 @@ def run(program: Path, *arguments: str, folder: Path, **settings: str) -> str:
     clean = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
     clean |= settings
     done = subprocess.run(
-        [program, *arguments], check=True, capture_output=True, text=True, cwd=folder, env=clean
+        [program, *arguments], check=False, capture_output=True, text=True, cwd=folder, env=clean
     )
+    # Without the output, a failure in CI would say nothing.
+    if done.returncode:
+        raise subprocess.CalledProcessError(
+            done.returncode, program.name, done.stdout, f"{done.stdout}{done.stderr}"
+        )
     return done.stdout
 
 
@@ -155,18 +160,17 @@ class TestWalk:
         for name, content in TESTS.items():
             (tmp_path / name).write_text(content)
         (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\npythonpath = .\n")
-        server = subprocess.Popen(
+        with subprocess.Popen(
             [application / "todo-db", "serve"], stdout=subprocess.PIPE, text=True, cwd=tmp_path
-        )
-        try:
-            assert server.stdout is not None
-            settings["DATABASE_URL"] = server.stdout.readline().strip().partition("=")[2]
-            call("alembic", "revision", "--autogenerate", "-m", "add tables")
-            call("alembic", "upgrade", "head")
-            call("alembic", "check")
-        finally:
-            server.send_signal(signal.SIGINT)
-            server.wait(timeout=20)
+        ) as server:
+            try:
+                assert server.stdout is not None
+                settings["DATABASE_URL"] = server.stdout.readline().strip().partition("=")[2]
+                call("alembic", "revision", "--autogenerate", "-m", "add tables")
+                call("alembic", "upgrade", "head")
+                call("alembic", "check")
+            finally:
+                server.send_signal(signal.SIGINT)
         assert "3 passed" in call("python", "-m", "pytest", "-q")
         own = [*"".join(TESTS.values()).splitlines(), *TABLES.splitlines()]
         lines = [line for line in own if line.strip() and "Mapped[" not in line]
