@@ -45,7 +45,7 @@ from todo_db.errors import IdempotencyKeyReusedError, StaleTaskError, TaskNotFou
 from todo_db.inputs import NewTask, TaskChanges
 from todo_db.models import IdempotencyKey, Task
 from todo_db.pagination import BIGINT_MAX, Key, Page, Scope, TaskSort, decode, page_of
-from todo_db.records import TaskRecord
+from todo_db.records import TaskRecord, records_of
 from todo_db.repositories.statements import Executor, Operation, Retry, Row, Statement
 
 _COLUMNS: Final = (
@@ -149,7 +149,7 @@ class TaskRepository:
             key = inputs.idempotency_key(idempotency_key)
             operation = _keyed("create_many", key, user_id, new)
         else:
-            operation = Operation(_CREATE_MANY, _arrays(new), _all)
+            operation = Operation(_CREATE_MANY, _arrays(new), partial(_created, user_id, new))
         return await self._executor.perform(user_id, operation)
 
     async def get(self, user_id: str, task_id: int) -> TaskRecord:
@@ -344,12 +344,13 @@ class TaskRepository:
 
 _ITERATE_SIZE: Final = 500
 _JSON: Final = json.JSONEncoder(ensure_ascii=False).encode
+_records: Final = records_of(TaskRecord)
 
 
 def _one(rows: Sequence[Row]) -> TaskRecord:
     if not rows:
         raise TaskNotFoundError
-    return TaskRecord(*rows[0])
+    return _records(rows[:1])[0]
 
 
 def _one_if_fresh(rows: Sequence[Row]) -> TaskRecord:
@@ -358,16 +359,12 @@ def _one_if_fresh(rows: Sequence[Row]) -> TaskRecord:
     *columns, changed = rows[0]
     if not changed:
         raise StaleTaskError
-    return TaskRecord(*columns)
+    return _records([columns])[0]
 
 
 def _found(rows: Sequence[Row]) -> None:
     if not rows:
         raise TaskNotFoundError
-
-
-def _all(rows: Sequence[Row]) -> list[TaskRecord]:
-    return [TaskRecord(*row) for row in rows]
 
 
 def _number(rows: Sequence[Row]) -> int:
@@ -380,6 +377,14 @@ def _arrays(tasks: Sequence[NewTask]) -> dict[str, object]:
         "descriptions": [task.description for task in tasks],
         "completed": ["true" if task.completed else "false" for task in tasks],
     }
+
+
+def _created(user_id: str, tasks: Sequence[NewTask], rows: Sequence[Row]) -> list[TaskRecord]:
+    """Return the tasks as they were given, with the ids and the times of the rows."""
+    return _records(
+        (row[0], user_id, task.title, task.description, task.completed, row[1], row[1])
+        for task, row in zip(tasks, rows, strict=False)
+    )
 
 
 def _keyed(
@@ -396,20 +401,8 @@ def _keyed(
     def result(rows: Sequence[Row]) -> list[TaskRecord]:
         if rows and rows[0][2] != fingerprint:
             raise IdempotencyKeyReusedError
-        # The arguments equal those of the first call, so the result is built from them.
-        return [
-            TaskRecord(
-                task_id,
-                user_id,
-                task.title,
-                task.description,
-                task.completed,
-                created_at,
-                created_at,
-            )
-            # A known key without any task still returns one row, which zip drops.
-            for task, (task_id, created_at, _) in zip(tasks, rows, strict=False)
-        ]
+        # A known key without any task still returns one row, which zip drops.
+        return _created(user_id, tasks, rows)
 
     values = {"key": key, "fingerprint": fingerprint} | _arrays(tasks)
     return Operation(_CREATE_KEYED, values, result, Retry.IDEMPOTENT, needs_savepoint=True)
@@ -458,7 +451,7 @@ def _page(
     sort: TaskSort, filters: Filters, limit: int, after: tuple[Key, ...] | None
 ) -> Operation[Page[TaskRecord]]:
     def result(rows: Sequence[Row]) -> Page[TaskRecord]:
-        return page_of(_all(rows), limit, _scope(sort, filters), partial(_keys, sort))
+        return page_of(_records(rows), limit, _scope(sort, filters), partial(_keys, sort))
 
     # One more row than the page shows whether there is a next page.
     values = _filter_values(filters) | {"limit": limit + 1}
@@ -745,7 +738,10 @@ _CREATE: Final = Statement(
         .returning(*_COLUMNS)
     )
 )
-_CREATE_MANY: Final = Statement(lambda owner: _create_given(owner).returning(*_COLUMNS))
+# The caller has the other columns. The ids are in the order of the tasks.
+_CREATE_MANY: Final = Statement(
+    lambda owner: _create_given(owner).returning(Task.id, Task.created_at)
+)
 _CREATE_KEYED: Final = Statement(_create_keyed)
 _TOGGLE: Final = Statement(
     lambda owner: (
