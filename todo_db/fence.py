@@ -119,13 +119,14 @@ def fence_of(table: Table) -> Fence:
 
 
 def problems(table: Table) -> Iterator[str]:
-    """Yield what would let one user learn of another one's rows through an owned table."""
+    """Yield what would let one user learn of another one's rows through a table."""
     name = table.fullname
     for cut in filter(_is_cut, (table.name, *(column.name for column in table.c))):
         yield f"the name {cut} is longer than {_LONGEST_NAME} bytes: PostgreSQL would cut it"
     if kind_of(table) == "owned":
         yield from _owned_problems(name, table)
-    for constraint in table.foreign_key_constraints:
+    # No user may write a shared one.
+    for constraint in table.foreign_key_constraints if kind_of(table) != "shared" else ():
         yield from _foreign_key_problems(name, constraint)
 
 
@@ -159,7 +160,7 @@ def _owned_problems(name: str, table: Table) -> Iterator[str]:
 
 
 def check(table: Table) -> None:
-    """Refuse an owned table through which one user could learn of another one's rows.
+    """Refuse a table through which one user could learn of another one's rows.
 
     Raises:
         ConfigurationError: The first of its problems.

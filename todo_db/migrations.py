@@ -9,7 +9,7 @@ from typing import Final
 from alembic import command
 from alembic.config import Config
 
-from todo_db.environment import configure
+from todo_db.environment import AT, configure
 
 __all__ = ["alembic_config", "configure", "downgrade", "script_directory", "upgrade"]
 
@@ -25,11 +25,12 @@ def script_directory() -> Path:
     return packaged if packaged.is_dir() else _PACKAGE.parent / "alembic"
 
 
-def alembic_config(url: str | None = None) -> Config:
+def alembic_config(url: str | Callable[[], str] | None = None) -> Config:
     """Return Alembic's configuration. It needs no file, so it works in any folder.
 
     Args:
-        url: The URL of the database; by default from `Settings` when a command runs.
+        url: The URL of the database, or a function that returns it, called only for a command that
+            connects; by default from `Settings` when a command runs.
     """
     config = Config()
     config.set_main_option("script_location", str(script_directory()).replace("%", "%%"))
@@ -39,13 +40,19 @@ def alembic_config(url: str | None = None) -> Config:
     return config
 
 
-async def upgrade(url: str, revision: str = "head") -> None:
+async def upgrade(url: str, revision: str = "head") -> str:
     """Migrate a database up to a revision. Migrations that already ran are not run again.
 
     One transaction, under an advisory lock; it has committed when this returns. Errors of the
     database are SQLAlchemy's.
+
+    Returns:
+        The revision that the database is at, which may be a later one.
+
+    Raises:
+        CallTimeoutError: Another migration was running for 60 seconds.
     """
-    await asyncio.to_thread(_run, command.upgrade, url, revision)
+    return await asyncio.to_thread(_run, command.upgrade, url, revision)
 
 
 async def downgrade(url: str, revision: str) -> None:
@@ -53,6 +60,8 @@ async def downgrade(url: str, revision: str) -> None:
     await asyncio.to_thread(_run, command.downgrade, url, revision)
 
 
-def _run(run: Callable[[Config, str], None], url: str, revision: str) -> None:
+def _run(run: Callable[[Config, str], None], url: str, revision: str) -> str:
+    config = alembic_config(url)
     with _one_at_a_time:
-        run(alembic_config(url), revision)
+        run(config, revision)
+    return str(config.attributes[AT])

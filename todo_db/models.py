@@ -245,6 +245,7 @@ def _protect(mapper: Mapper[Any], cls: type) -> None:
         _own(table, cls.__fence__)
     elif issubclass(cls, Shared):
         fence.declare(table, "shared", {})
+        fence.check(table)
     for column in table.c:
         if _REFERENCE in column.info:
             raise ConfigurationError(
