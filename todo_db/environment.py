@@ -138,7 +138,6 @@ def run(
         prepare: Called in the transaction of the migrations, before they run.
         **options: Of Alembic's `EnvironmentContext.configure`.
     """
-
     options = {"compare_type": True, "compare_server_default": True} | options
 
     def migrate(connection: Connection | None) -> None:
