@@ -36,7 +36,8 @@ _SNAPSHOT = """
         FROM tables c JOIN pg_constraint o ON conrelid = c.oid
     UNION ALL SELECT pg_get_indexdef(indexrelid) FROM tables c JOIN pg_index ON indrelid = c.oid
     UNION ALL SELECT concat_ws(' ', polrelid::regclass, polname, polpermissive, polcmd,
-            polroles::regrole[], pg_get_expr(polqual, polrelid), pg_get_expr(polwithcheck, polrelid))
+            polroles::regrole[], pg_get_expr(polqual, polrelid),
+            pg_get_expr(polwithcheck, polrelid))
         FROM tables c JOIN pg_policy ON polrelid = c.oid
     UNION ALL SELECT concat_ws(' ', pg_get_triggerdef(t.oid), tgenabled)
         FROM tables c JOIN pg_trigger t ON tgrelid = c.oid AND NOT tgisinternal
@@ -103,6 +104,11 @@ class Application:
             command.revision, self.config(), name, autogenerate=True, rev_id=name
         )
         return (self._folder / "versions" / f"{name}_{name}.py").read_text("utf-8")
+
+    def rewrite(self, source: str) -> None:
+        """Put another text into the newest migration."""
+        name = f"{self._count:02}"
+        (self._folder / "versions" / f"{name}_{name}.py").write_text(source, "utf-8")
 
     async def upgrade(self, target: str = "head") -> None:
         await asyncio.to_thread(command.upgrade, self.config(), target)

@@ -75,8 +75,15 @@ def configure(metadata: MetaData, *, include_object: Include | None = None, **op
         **options: Further options of Alembic's `EnvironmentContext.configure`.
 
     Raises:
-        CommandError: The tables of todo_db are not there, or the login may not migrate.
+        CommandError: The tables of todo_db are not there, the login may not migrate, or the
+            metadata has a schema.
     """
+    if metadata.schema is not None:
+        # Alembic would write it before every table without one, such as users.
+        raise CommandError(
+            "MetaData(schema=…) would hide the tables of todo_db from the foreign keys: give the "
+            'schema to each class, by __table_args__ = {"schema": …}'
+        )
     schemas = {table.schema for table in metadata.tables.values()} | {None}
     fenced: set[tuple[str | None, str]] = set()
 

@@ -91,9 +91,10 @@ def _user_id(*, index: bool = False) -> Mapped[str]:
     return mapped_column(Text, ForeignKey("users.id", ondelete="CASCADE"), index=index)
 
 
-def _owner() -> MappedColumn[str]:
+def _owner(table: str) -> MappedColumn[str]:
+    name = fence.object_name("fk", table, OWNER, "users")
     # A column, not its name: an application may have other metadata.
-    key = ForeignKey(User.__table__.c.id, ondelete="CASCADE")
+    key = ForeignKey(User.__table__.c.id, ondelete="CASCADE", name=name)
     return mapped_column(Text, key, nullable=False, sort_order=-1)
 
 
@@ -168,7 +169,7 @@ class Owned:
     """Narrows what the application may do: `{"update": ["name"], "delete": False}`."""
 
     # No annotations: in a MappedAsDataclass they would have to be fields of a dataclass.
-    user_id = declared_attr(lambda _: _owner())  # pyright: ignore[reportUnknownArgumentType, reportUnknownLambdaType]
+    user_id = declared_attr(lambda cls: _owner(cls.__tablename__))  # pyright: ignore[reportUnknownArgumentType, reportUnknownLambdaType]
     """The user whose row this is."""
 
     # SQLAlchemy calls it in place of Table, before it reads the primary key.
