@@ -171,9 +171,9 @@ class TestAlembic:
         number = f"{int(REVISION) + 1:04}"
         assert run("alembic", "revision", "-m", "by number").exit_code == 0
         assert run("alembic", "revision", "--rev-id", "mine", "-m", "by id").exit_code == 0
-        assert f'revision = "{number}"' in (copy / f"versions/{number}_by_number.py").read_text()
+        assert f"revision = '{number}'" in (copy / f"versions/{number}_by_number.py").read_text()
         source = (copy / "versions/mine_by_id.py").read_text()
-        assert f"\ndown_revision: str | None = '{number}'\n" in source.replace('"', "'")
+        assert f"\ndown_revision: str | None = '{number}'\n" in source
 
     def test_without_a_command_shows_its_help(self) -> None:
         result = run("alembic")

@@ -366,9 +366,9 @@ class TestPolicies:
             if text != "true"
         ]
         assert len(texts) == 12
-        for text in texts:
-            assert len(alone.findall(text)) == 1
-            assert "current_setting(" not in alone.sub("", text)
+        for rule in texts:
+            assert len(alone.findall(rule)) == 1
+            assert "current_setting(" not in alone.sub("", rule)
 
     async def test_B5_prepared_plan_does_not_remember_its_user(
         self, url: str, owner: Connection, victim: Victim

@@ -66,7 +66,8 @@ def _report_errors() -> Generator[None]:
             line = f"{line}\n{hint}"
     else:
         return
-    _messages.print(line, style="bold red", markup=False)
+    # Not wrapped, because it may contain a statement to copy.
+    _messages.print(line, style="bold red", markup=False, soft_wrap=True)
     raise typer.Exit(1)
 
 
