@@ -34,6 +34,9 @@ from todo_db.models import Base, Owned, Shared, Task, Timestamps, owned_referenc
 
 # Of a table, a column, a schema: all that PostgreSQL and Python could read as something else.
 NASTY = "Ä \"x\" 'y' :z %s %% $todo_db$ \\:q"
+# A class that a test makes; no type checker can follow it.
+type Class = Any
+
 FENCE = "CREATE POLICY fence ON labels"
 RULE = "user_id = nullif((SELECT current_setting('todo_db.user_id', true)), '')"
 
@@ -43,7 +46,7 @@ def app(todo_postgres: EmbeddedPostgres, todo_database_name: str, tmp_path: Path
     return Application(tmp_path / "app", todo_postgres.url(database=todo_database_name))
 
 
-def labels(base: type[DeclarativeBase]) -> type[Owned]:
+def labels(base: type[DeclarativeBase]) -> Class:
     class Label(Owned, Timestamps, base):  # type: ignore[misc, valid-type]  # made by the test
         __tablename__ = "labels"
         id: Mapped[int] = number()
@@ -52,7 +55,7 @@ def labels(base: type[DeclarativeBase]) -> type[Owned]:
     return Label
 
 
-def currencies(base: type[DeclarativeBase]) -> type[Shared]:
+def currencies(base: type[DeclarativeBase]) -> Class:
     class Currency(Shared, base):  # type: ignore[misc, valid-type]
         __tablename__ = "currencies"
         code: Mapped[str] = mapped_column(primary_key=True)
@@ -61,7 +64,7 @@ def currencies(base: type[DeclarativeBase]) -> type[Shared]:
 
 
 @pytest.fixture
-def label() -> type[Owned]:
+def label() -> Class:
     return labels(new_base())
 
 
@@ -74,7 +77,7 @@ def body(source: str, function: str) -> list[str]:
 
 class TestFence:
     async def test_follows_the_table_and_leaves_it_last(
-        self, app: Application, label: type[Owned]
+        self, app: Application, label: Class
     ) -> None:
         source = await app.migrate(label.metadata)
         fence = "op.fence('labels', insert=['name', 'user_id'], update=['name'], touch=True)"
@@ -85,7 +88,7 @@ class TestFence:
         assert await app.differences(label.metadata) == []
 
     async def test_gives_the_application_its_columns_and_no_more(
-        self, app: Application, label: type[Owned]
+        self, app: Application, label: Class
     ) -> None:
         await app.migrate(label.metadata)
         async with connected(app.url) as owner:
@@ -124,7 +127,7 @@ class TestFence:
         assert await app.differences(base.metadata) == []
 
     async def test_restores_what_was_there_when_columns_come_and_go(
-        self, app: Application, label: type[Owned]
+        self, app: Application, label: Class
     ) -> None:
         await app.migrate(label.metadata)
         before = await app.snapshot()
@@ -153,7 +156,7 @@ class TestFence:
         assert await app.snapshot() == after
 
     async def test_restores_the_fence_of_a_table_that_was_dropped(
-        self, app: Application, label: type[Owned]
+        self, app: Application, label: Class
     ) -> None:
         await app.migrate(label.metadata)
         before = await app.snapshot()
@@ -163,7 +166,7 @@ class TestFence:
         assert await app.snapshot() == before
 
     async def test_is_no_part_of_dropping_a_table_whose_fence_is_damaged(
-        self, app: Application, label: type[Owned]
+        self, app: Application, label: Class
     ) -> None:
         await app.migrate(label.metadata)
         await app.execute("GRANT TRUNCATE ON labels TO todo_app")
@@ -172,7 +175,7 @@ class TestFence:
         assert body(source, "upgrade") == body(source, "downgrade") == []
 
     async def test_goes_before_the_columns_of_a_class_that_is_owned_no_longer(
-        self, app: Application, label: type[Owned]
+        self, app: Application, label: Class
     ) -> None:
         await app.migrate(label.metadata)
         before = await app.snapshot()
@@ -185,7 +188,7 @@ class TestFence:
         await app.downgrade()
         assert await app.snapshot() == before
 
-    async def test_may_be_put_up_twice(self, app: Application, label: type[Owned]) -> None:
+    async def test_may_be_put_up_twice(self, app: Application, label: Class) -> None:
         await app.migrate(label.metadata)
         before = await app.snapshot()
         source = await app.revise(label.metadata)
@@ -245,12 +248,10 @@ class TestFence:
 
 class TestShare:
     @pytest.fixture
-    def currency(self) -> type[Shared]:
+    def currency(self) -> Class:
         return currencies(new_base())
 
-    async def test_lets_users_read_and_not_write(
-        self, app: Application, currency: type[Shared]
-    ) -> None:
+    async def test_lets_users_read_and_not_write(self, app: Application, currency: Class) -> None:
         source = await app.migrate(currency.metadata)
         assert body(source, "upgrade") == ["op.share('currencies')"]
         assert body(source, "downgrade") == ["op.unfence('currencies')"]
@@ -267,9 +268,7 @@ class TestShare:
                 with pytest.raises(Exception, match="permission denied"):
                     await owner.execute(statement)
 
-    async def test_and_back_to_owned_restores_each(
-        self, app: Application, label: type[Owned]
-    ) -> None:
+    async def test_and_back_to_owned_restores_each(self, app: Application, label: Class) -> None:
         base = new_base()
 
         class Label(Shared, base):  # type: ignore[misc, valid-type]
@@ -288,9 +287,7 @@ class TestShare:
         await app.downgrade()
         assert await app.snapshot() == shared
 
-    async def test_of_a_dropped_table_is_restored(
-        self, app: Application, currency: type[Shared]
-    ) -> None:
+    async def test_of_a_dropped_table_is_restored(self, app: Application, currency: Class) -> None:
         await app.migrate(currency.metadata)
         before = await app.snapshot()
         source = await app.migrate(new_base().metadata)
@@ -415,7 +412,7 @@ class TestCheck:
         self, app: Application, plant: str, found: str
     ) -> None:
         base = new_base()
-        label: Any = labels(base)
+        label = labels(base)
 
         class Link(Owned, base):  # type: ignore[misc, valid-type]
             __tablename__ = "links"
@@ -429,7 +426,7 @@ class TestCheck:
     @pytest.mark.parametrize("name", ["order", "Label Id"])
     async def test_is_silent_for_every_kind_of_reference(self, app: Application, name: str) -> None:
         base = new_base()
-        label: Any = labels(base)
+        label = labels(base)
 
         class Link(Owned, base):  # type: ignore[misc, valid-type]
             __tablename__ = "links"
@@ -440,7 +437,7 @@ class TestCheck:
 
         column: Any = owned_reference(label.id, ondelete="SET NULL")
         column.column.name = column.column.key = name
-        more = type(
+        more: Class = type(
             "More",
             (Owned, base),
             {
@@ -553,9 +550,7 @@ class TestGrantColumns:
 
 
 class TestConfigure:
-    async def test_drops_no_table_of_another_project(
-        self, app: Application, label: type[Owned]
-    ) -> None:
+    async def test_drops_no_table_of_another_project(self, app: Application, label: Class) -> None:
         await app.migrate(label.metadata)
         await app.execute(
             "CREATE TABLE others (id int)",
@@ -566,23 +561,21 @@ class TestConfigure:
         await upgrade(app.url)
 
     async def test_leaves_a_table_to_the_filter_of_the_application(
-        self, app: Application, label: type[Owned]
+        self, app: Application, label: Class
     ) -> None:
         app.options["include_object"] = lambda _item, name, *_: name != "labels"
         assert await app.differences(label.metadata) == []
         app.options["include_object"] = lambda *_: True
         assert len(await app.differences(label.metadata)) == 2
 
-    async def test_takes_other_options_of_alembic(
-        self, app: Application, label: type[Owned]
-    ) -> None:
+    async def test_takes_other_options_of_alembic(self, app: Application, label: Class) -> None:
         await app.migrate(label.metadata)
         await app.execute("ALTER TABLE labels ALTER name TYPE varchar(60)")
         assert len(await app.differences(label.metadata)) == 1
         app.options["compare_type"] = False
         assert await app.differences(label.metadata) == []
 
-    async def test_has_a_history_of_its_own(self, app: Application, label: type[Owned]) -> None:
+    async def test_has_a_history_of_its_own(self, app: Application, label: Class) -> None:
         await app.migrate(label.metadata)
         async with connected(app.url) as owner:
             assert await owner.fetchval("SELECT version_num FROM alembic_version") == "01"
@@ -597,14 +590,14 @@ class TestConfigure:
 
     @pytest.mark.parametrize("target", ["base", "-1"])
     async def test_needs_the_tables_of_todo_db(
-        self, app: Application, label: type[Owned], target: str
+        self, app: Application, label: Class, target: str
     ) -> None:
         await downgrade(app.url, target)
         with pytest.raises(CommandError, match="run `todo-db migrate`"):
             await app.revise(label.metadata)
 
     async def test_needs_tables_that_are_there_at_all(
-        self, app: Application, label: type[Owned], todo_postgres: EmbeddedPostgres
+        self, app: Application, label: Class, todo_postgres: EmbeddedPostgres
     ) -> None:
         todo_postgres.create_database("bare")
         app.url = todo_postgres.url(database="bare")
@@ -636,7 +629,7 @@ class TestWait:
                 await (app.differences(Base.metadata) if command_ is None else command_(app.url))
 
     async def test_that_the_login_may_not_begin_is_a_mistake_of_the_settings(
-        self, app: Application, todo_postgres: EmbeddedPostgres, label: type[Owned]
+        self, app: Application, todo_postgres: EmbeddedPostgres, label: Class
     ) -> None:
         await app.revise(label.metadata)
         app.url = app.url.replace("todo_owner@", "todo_login@")

@@ -153,10 +153,10 @@ class TestOwned:
 
         class Data(Owned, Timestamps, DataBase):
             __tablename__ = "data"
-            id: Mapped[int] = number(init=False)
             name: Mapped[str]
+            id: Mapped[int] = number(init=False)
 
-        assert Data(name="x").name == "x"  # type: ignore[call-arg]
+        assert Data(name="x").name == "x"
 
         @registry().mapped
         class Decorated(Owned):
@@ -415,10 +415,11 @@ class TestOwnedReference:
         for position, column in enumerate((Plain.id, label.name, User.id)):
             with pytest.raises(ConfigurationError, match="unique together with user_id"):
                 type(
-                    "Row",
+                    f"Row{position}",
                     (Owned, base),
                     {
                         "__tablename__": f"rows{position}",
+                        "__annotations__": {"other": Mapped[int]},
                         "id": number(),
                         "other": owned_reference(column),
                     },
@@ -430,7 +431,12 @@ class TestOwnedReference:
             type(
                 "Row",
                 (mixin, base),
-                {"__tablename__": "rows", "id": number(), "other": owned_reference(label.id)},
+                {
+                    "__tablename__": "rows",
+                    "__annotations__": {"other": Mapped[int]},
+                    "id": number(),
+                    "other": owned_reference(label.id),
+                },
             )
 
     def test_serves_relationships_without_a_warning(self, base: Class) -> None:
@@ -531,28 +537,28 @@ def _dialect() -> Class:
 AppBase: Class = new_base()
 
 
-class Project(Owned, Timestamps, AppBase):  # type: ignore[misc, valid-type]
+class Project(Owned, Timestamps, AppBase):  # type: ignore[misc]
     __tablename__ = "projects"
     id: Mapped[int] = number()
     name: Mapped[str]
     parent_id: Mapped[int | None] = owned_reference("projects.id")
 
 
-class Note(Owned, AppBase):  # type: ignore[misc, valid-type]
+class Note(Owned, AppBase):  # type: ignore[misc]
     __tablename__ = "notes"
     id: Mapped[int] = number()
     task_id: Mapped[int] = owned_reference(Task.id)
     text: Mapped[str]
 
 
-class TaskProject(Owned, AppBase):  # type: ignore[misc, valid-type]
+class TaskProject(Owned, AppBase):  # type: ignore[misc]
     __tablename__ = "task_projects"
     task_id: Mapped[int] = owned_reference(Task.id, primary_key=True)
     project_id: Mapped[int] = owned_reference(Project.id, primary_key=True)
     place: Mapped[int | None]
 
 
-class Setting(Owned, AppBase):  # type: ignore[misc, valid-type]
+class Setting(Owned, AppBase):  # type: ignore[misc]
     __tablename__ = "settings"
     name: Mapped[str] = mapped_column(primary_key=True)
     value: Mapped[str]
