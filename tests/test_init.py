@@ -134,7 +134,7 @@ class TestWalk:
         for line in (
             "op.fence('task_labels', insert=['label_id', 'task_id', 'user_id'])",
             "op.share('currencies')",
-            "op.grant_columns('tasks', insert=['due_at', 'label_id'], update=['due_at', 'label_id'])",
+            "op.grant_columns('tasks', insert=['due_at', 'label_id'], update=[",
             "op.grant_columns('users', insert=['zone'], update=['zone'])",
         ):
             assert line in source

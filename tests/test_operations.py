@@ -23,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
 )
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from todo_db import ConfigurationError
@@ -154,6 +155,20 @@ class TestFence:
         assert await app.snapshot() == before
         await app.upgrade()
         assert await app.snapshot() == after
+
+    async def test_is_narrowed_before_a_column_is_dropped(
+        self, app: Application, label: Class
+    ) -> None:
+        base = new_base()
+
+        class Label(Owned, Timestamps, base):  # type: ignore[misc, valid-type]
+            __tablename__ = "labels"
+            id: Mapped[int] = number()
+
+        await app.migrate(label.metadata)
+        source = await app.revise(base.metadata)
+        assert body(source, "upgrade") == ["op.fence('labels', insert=['user_id'], touch=True)"]
+        assert source.index("op.fence") < source.index("op.drop_column")
 
     async def test_restores_the_fence_of_a_table_that_was_dropped(
         self, app: Application, label: Class
@@ -627,6 +642,13 @@ class TestWait:
             await stuck.execute("SELECT pg_advisory_xact_lock(7306001204)")
             with pytest.raises(CallTimeoutError, match=r"another migration .* is running"):
                 await (app.differences(Base.metadata) if command_ is None else command_(app.url))
+
+    async def test_is_not_blamed_for_another_failure(
+        self, app: Application, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("todo_db.environment.LOCK_SQL", ["SELECT 1 / 0"])
+        with pytest.raises(DBAPIError, match="division by zero"):
+            await upgrade(app.url)
 
     async def test_that_the_login_may_not_begin_is_a_mistake_of_the_settings(
         self, app: Application, todo_postgres: EmbeddedPostgres, label: Class

@@ -47,7 +47,16 @@ from sqlalchemy.schema import CreateTable
 
 from todo_db import ConfigurationError, Database, TodoDBError
 from todo_db.embedded import LOGIN, EmbeddedPostgres
-from todo_db.fence import Fence, check, fence_of, fence_sql, kind_of, object_name
+from todo_db.fence import (
+    Fence,
+    check,
+    declare,
+    fence_of,
+    fence_sql,
+    kind_of,
+    object_name,
+    problems,
+)
 from todo_db.models import (
     Base,
     Owned,
@@ -55,7 +64,6 @@ from todo_db.models import (
     Task,
     Timestamps,
     User,
-    _check_added,
     owned_reference,
 )
 
@@ -235,6 +243,17 @@ class TestOwned:
     ) -> None:
         with pytest.raises(ConfigurationError, match=problem):
             type("Row", (Owned, base), {"__tablename__": "rows", "id": number()} | parts)
+
+    def test_names_no_more_problems_of_a_table_without_a_user(self) -> None:
+        table = Table("t", MetaData(), Column("id", Integer, primary_key=True))
+        declare(table, "owned", {})
+        [problem] = problems(table)
+        assert problem.startswith("t has no column user_id")
+
+    def test_leaves_a_class_on_a_query_alone(self, base: Class, label: Class) -> None:
+        query = select(label).subquery()
+        view: Class = type("View", (base,), {"__table__": query})
+        assert inspect(view).local_table is query
 
     def test_takes_numbers_of_the_application_where_it_says_so(self, base: Class) -> None:
         class Row(Owned, base):  # type: ignore[misc]
@@ -475,12 +494,12 @@ class TestAddedColumns:
     """A class AppTask(Task) adds its columns to `tasks`; here, to a copy."""
 
     @staticmethod
-    def extended(name: str, column: Column[Any]) -> Table:
-        metadata = MetaData()
+    def add(name: str, column: Column[Any]) -> None:
+        base = new_base()
         for table in Base.metadata.sorted_tables:
-            table.to_metadata(metadata)
-        metadata.tables[name].append_column(column)
-        return metadata.tables[name]
+            table.to_metadata(base.metadata)
+        base.metadata.tables[name].append_column(column)
+        type("App", (base,), {"__table__": base.metadata.tables[name]})
 
     @pytest.mark.parametrize("name", ["tasks", "users"])
     @pytest.mark.parametrize(
@@ -496,16 +515,16 @@ class TestAddedColumns:
         self, name: str, options: dict[str, Any]
     ) -> None:
         with pytest.raises(ConfigurationError, match="make it nullable, or give it a server_def"):
-            _check_added(self.extended(name, Column("due", Text, **options)))
+            self.add(name, Column("due", Text, **options))
 
     @pytest.mark.parametrize("name", ["tasks", "users"])
     def test_that_fill_themselves_are_taken(self, name: str) -> None:
-        _check_added(self.extended(name, Column("due", DateTime)))
-        _check_added(self.extended(name, Column("due", Text, server_default="", nullable=False)))
+        self.add(name, Column("due", DateTime))
+        self.add(name, Column("due", Text, server_default="", nullable=False))
 
     def test_without_the_user_in_a_foreign_key_are_refused(self) -> None:
         with pytest.raises(ConfigurationError, match="could name a row of another user"):
-            _check_added(self.extended("users", Column("due", ForeignKey("tasks.id"))))
+            self.add("users", Column("due", ForeignKey("tasks.id")))
 
 
 class TestObjectName:

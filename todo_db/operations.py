@@ -4,6 +4,7 @@ Importing this module registers `op.fence`, `op.share`, `op.unfence`, `op.grant_
 `op.revoke_columns`. The columns stand in the migration: a migration never reads a model.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, cast, override
@@ -38,12 +39,13 @@ type Quote = Callable[[str], str]
 class _Operation(MigrateOperation):
     """An operation that is some SQL, and one line of a migration."""
 
-    def statements(self, quote: Quote) -> Iterator[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def statements(self, quote: Quote) -> Iterator[str]: ...
 
+    @abstractmethod
     def source(self) -> str:
         """Return the line of a migration."""
-        raise NotImplementedError
+        ...
 
     @override
     def to_diff_tuple(self) -> tuple[Any, ...]:
