@@ -336,10 +336,14 @@ class TestForeignKeys:
                 )
 
     def test_to_a_shared_table_are_taken(self, base: Class) -> None:
+        class Bank(base):  # type: ignore[misc]
+            __tablename__ = "banks"
+            id: Mapped[int] = number()
+
         class Currency(Shared, base):  # type: ignore[misc]
             __tablename__ = "currencies"
             code: Mapped[str] = mapped_column(primary_key=True)
-            old: Mapped[str | None] = mapped_column(ForeignKey("plain.id"))
+            bank_id: Mapped[int | None] = mapped_column(ForeignKey("banks.id"))
 
         class Price(Owned, base):  # type: ignore[misc]
             __tablename__ = "prices"

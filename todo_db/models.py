@@ -169,7 +169,7 @@ class Owned:
     """Narrows what the application may do: `{"update": ["name"], "delete": False}`."""
 
     # No annotations: in a MappedAsDataclass they would have to be fields of a dataclass.
-    user_id = declared_attr(lambda cls: _owner(cls.__tablename__))  # pyright: ignore[reportUnknownArgumentType, reportUnknownLambdaType]
+    user_id = declared_attr(lambda cls: _owner(cls.__tablename__))  # pyright: ignore[reportUnknownArgumentType, reportUnknownLambdaType, reportUnknownMemberType]
     """The user whose row this is."""
 
     # SQLAlchemy calls it in place of Table, before it reads the primary key.
