@@ -253,8 +253,9 @@ class TestOwned:
     def test_leaves_a_class_on_a_join_alone(self, base: Class) -> None:
         one = Table("one", base.metadata, Column("id", Integer, primary_key=True))
         two = Table("two", base.metadata, Column("one_id", ForeignKey("one.id"), primary_key=True))
-        both: Class = type("Both", (base,), {"__table__": one.join(two)})
-        assert key_of(both) == ["id", "one_id"]
+        joined = one.join(two)
+        both: Class = type("Both", (base,), {"__table__": joined})
+        assert inspect(both).local_table is joined
 
     def test_takes_numbers_of_the_application_where_it_says_so(self, base: Class) -> None:
         class Row(Owned, base):  # type: ignore[misc]
