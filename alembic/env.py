@@ -23,11 +23,13 @@ _HAS_OLD_NAME = text("""
 
 
 def _number(
-    _context: MigrationContext,
+    migrations: MigrationContext,
     _revision: str | Iterable[str | None] | Iterable[str],
     directives: list[MigrationScript],
 ) -> None:
-    """Give a new revision the next number, with four digits."""
+    """Give a new revision the next number, with four digits, unless `--rev-id` gave one."""
+    if migrations.opts["revision_context"].command_args["rev_id"]:
+        return
     head = ScriptDirectory.from_config(context.config).get_current_head()
     for script in directives:
         script.rev_id = f"{int(head or 0) + 1:04}"

@@ -1,17 +1,22 @@
 import asyncio
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import asyncpg
 import pytest
 from typer.testing import CliRunner, Result
 
 from todo_db import Database, cli
 from todo_db.cli import app, demo
 from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
+from todo_db.environment import LOCK_SQL
 from todo_db.errors import TaskNotFoundError, UnavailableError
+from todo_db.migrations import script_directory
 from todo_db.models import REVISION
 
 MARKER = "hunter2"
@@ -80,6 +85,24 @@ class TestMigrate:
         assert "True" in run("health").output
 
     @pytest.mark.usefixtures("set_url")
+    @pytest.mark.parametrize("target", ["head", "0001"])
+    def test_says_where_the_database_is(self, target: str) -> None:
+        assert run("migrate", target).output == f"Migrated: the database is at {REVISION}.\n"
+
+    async def test_says_that_it_waited_for_another_one(
+        self, set_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sooner = [statement.replace("'60s'", "'50ms'") for statement in LOCK_SQL]
+        monkeypatch.setattr("todo_db.environment.LOCK_SQL", sooner)
+        stuck = await asyncpg.connect(set_url)
+        async with stuck.transaction():
+            await stuck.execute(next(sql for sql in LOCK_SQL if "advisory" in sql))
+            result = await asyncio.to_thread(run, "migrate")
+        await stuck.close()
+        assert result.exit_code == 1
+        assert result.output.startswith("CallTimeoutError: another migration of this database is")
+
+    @pytest.mark.usefixtures("set_url")
     def test_unknown_revision_is_one_line(self) -> None:
         result = run("migrate", "nope")
         assert result.exit_code == 1
@@ -121,10 +144,138 @@ class TestAlembic:
         assert run("alembic", "current", "--verbose").exit_code == 0
         del capsys
 
+    @pytest.mark.parametrize(
+        "line", ["history", "heads", "show 0001", "branches", "upgrade head --sql"]
+    )
+    def test_starts_no_postgresql_that_it_does_not_need(self, line: str, folder: Path) -> None:
+        assert run("alembic", *line.split()).exit_code == 0
+        assert list(folder.iterdir()) == []
+
+    @pytest.mark.usefixtures("set_url")
+    @pytest.mark.parametrize("line", ["history -i", "history -r base:current", "show current"])
+    def test_connects_for_the_current_revision(self, line: str) -> None:
+        assert run("alembic", *line.split()).exit_code == 0
+
+    @pytest.mark.parametrize("option", ["-c", "--config"])
+    def test_refuses_the_configuration_of_another_project(self, option: str) -> None:
+        result = run("alembic", option, "alembic.ini", "heads")
+        assert result.exit_code == 1
+        assert "for yours, run alembic itself" in result.output
+
+    @pytest.mark.usefixtures("set_url")
+    def test_numbers_a_revision_unless_it_is_given_an_id(
+        self, monkeypatch: pytest.MonkeyPatch, folder: Path
+    ) -> None:
+        copy = shutil.copytree(script_directory(), folder / "copy")
+        monkeypatch.setattr("todo_db.migrations.script_directory", lambda: copy)
+        number = f"{int(REVISION) + 1:04}"
+        assert run("alembic", "revision", "-m", "by number").exit_code == 0
+        assert run("alembic", "revision", "--rev-id", "mine", "-m", "by id").exit_code == 0
+        assert f"revision = '{number}'" in (copy / f"versions/{number}_by_number.py").read_text()
+        source = (copy / "versions/mine_by_id.py").read_text()
+        assert f"\ndown_revision: str | None = '{number}'\n" in source
+
     def test_without_a_command_shows_its_help(self) -> None:
         result = run("alembic")
         assert result.exit_code == 2
         assert "usage: todo-db alembic" in result.output
+
+
+class TestInit:
+    def test_writes_what_alembic_needs_and_says_what_comes_next(self, folder: Path) -> None:
+        result = run("init")
+        assert result.exit_code == 0
+        assert [str(path) for path in sorted(folder.rglob("*")) if path.is_file()] == [
+            str(folder / name)
+            for name in (
+                "migrations/env.py",
+                "migrations/script.py.mako",
+                "migrations/versions/.gitkeep",
+                "models.py",
+                "pyproject.toml",
+            )
+        ]
+        assert result.output.count("wrote ") == 5
+        assert "Next: todo-db migrate, alembic revision --autogenerate" in result.output
+        assert tomllib.loads((folder / "pyproject.toml").read_text("utf-8")) == {
+            "tool": {
+                "alembic": {
+                    "script_location": "%(here)s/migrations",
+                    "prepend_sys_path": ["."],
+                }
+            }
+        }
+        assert (folder / "migrations/env.py").read_text("utf-8").splitlines()[2:] == [
+            "from models import Base",
+            "",
+            "from todo_db.migrations import configure",
+            "",
+            "configure(Base.metadata)",
+        ]
+
+    def test_keeps_what_is_there(self, folder: Path) -> None:
+        settings = '[project]\nname = "ünïcode"'
+        (folder / "pyproject.toml").write_text(settings, "utf-8")
+        (folder / "app").mkdir()
+        (folder / "app/models.py").write_text("# mine")
+        (folder / "db").mkdir()
+        (folder / "db/env.py").write_text("# mine")
+        assert run("init", "app.models", "--folder", "db").exit_code == 0
+        for path in ("app/models.py", "db/env.py"):
+            assert (folder / path).read_text() == "# mine"
+        written = (folder / "pyproject.toml").read_text("utf-8")
+        assert written.startswith(f"{settings}\n[tool.alembic]\n")
+        assert tomllib.loads(written)["project"] == {"name": "ünïcode"}
+
+    def test_takes_a_package_for_the_module(self, folder: Path) -> None:
+        (folder / "app/models").mkdir(parents=True)
+        assert run("init", "app.models").exit_code == 0
+        assert list((folder / "app").rglob("*.py")) == []
+
+    def test_finds_a_module_in_src(self, folder: Path) -> None:
+        (folder / "src/app").mkdir(parents=True)
+        assert run("init", "app.models").exit_code == 0
+        assert (folder / "src/app/models.py").exists()
+        assert not (folder / "app").exists()
+        settings = tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))
+        assert settings["tool"]["alembic"]["prepend_sys_path"] == ["src"]
+
+    @pytest.mark.parametrize("module", ["", "a.", "a b", "1a", "a-b", "a.class", "../a", "a.*"])
+    def test_refuses_what_is_no_module(self, module: str, folder: Path) -> None:
+        result = run("init", "--", module)
+        assert result.exit_code == 1
+        assert "ConfigurationError: the module must be a dotted name" in result.output
+        assert list(folder.iterdir()) == []
+
+    @pytest.mark.parametrize("name", ["", "alembic", "a/b", "../a", "a b", "a.b"])
+    def test_refuses_what_is_no_folder(self, name: str, folder: Path) -> None:
+        result = run("init", "--folder", name)
+        assert result.exit_code == 1
+        assert "ConfigurationError: the folder must be a name" in result.output
+        assert list(folder.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("file", "text"),
+        [
+            ("alembic.ini", ""),
+            ("pyproject.toml", "[tool.alembic]"),
+            ("pyproject.toml", "[tool.alembic.more]"),
+        ],
+    )
+    def test_refuses_to_do_it_twice(self, file: str, text: str, folder: Path) -> None:
+        (folder / file).write_text(text)
+        result = run("init")
+        assert result.exit_code == 1
+        assert "Alembic is set up here already" in result.output
+        assert [path.name for path in folder.iterdir()] == [file]
+
+    @pytest.mark.parametrize("text", ["tool = {black = {}}", "[project"])
+    def test_refuses_settings_that_it_would_break(self, text: str, folder: Path) -> None:
+        (folder / "pyproject.toml").write_text(text)
+        result = run("init")
+        assert result.exit_code == 1
+        assert "cannot be added to pyproject.toml" in result.output
+        assert (folder / "pyproject.toml").read_text() == text
 
 
 class TestSeed:

@@ -7,7 +7,15 @@ import pytest
 from driver import Connection
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel, Field
-from sqlalchemy import BigInteger, CheckConstraint, Identity, String, UniqueConstraint
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Identity,
+    String,
+    Table,
+    UniqueConstraint,
+    inspect,
+)
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.schema import CreateTable
@@ -67,7 +75,8 @@ def plain(table: str, column: str, target: str) -> str:
 @pytest.fixture
 async def tables(owner: Connection) -> None:
     for model in MODELS:
-        table = model.__table__
+        table = inspect(model).local_table
+        assert isinstance(table, Table)
         await owner.execute(str(CreateTable(table).compile(dialect=postgresql.dialect())))  # type: ignore[no-untyped-call]
         for statement in fence_sql(fence_of(table), quoted):
             await owner.execute(statement)

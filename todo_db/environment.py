@@ -16,10 +16,19 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.schema import SchemaItem
 
 from todo_db.engine import create_direct_engine
-from todo_db.errors import ConfigurationError, IsolationError, TodoDBError, translated
-from todo_db.models import OUR_COLUMNS, OUR_NAMES, REVISION, VERSION_TABLE, Base
+from todo_db.errors import (
+    CallTimeoutError,
+    ConfigurationError,
+    IsolationError,
+    TodoDBError,
+    translated,
+)
+from todo_db.models import OUR_COLUMNS, OUR_NAMES, REVISION, VERSION_TABLE, Base, is_ours
 from todo_db.operations import APPLICATION
 from todo_db.settings import Settings
+
+AT: Final = "todo_db_at"
+"""The attribute of Alembic's `Config` with the revision that the database is at afterwards."""
 
 LOCK_SQL: Final = (
     # The application uses this path, and the migrating role may have another one.
@@ -39,8 +48,8 @@ _REVISION: Final = text(f"SELECT max(version_num) FROM public.{VERSION_TABLE}") 
 
 # Only such a table can have been made for the application's own models.
 _FENCED: Final = text("""
-    SELECT nullif(relnamespace::regnamespace::text, 'public'), relname
-    FROM pg_policy JOIN pg_class c ON c.oid = polrelid
+    SELECT nullif(nspname, 'public'), relname
+    FROM pg_policy JOIN pg_class c ON c.oid = polrelid JOIN pg_namespace n ON n.oid = relnamespace
     WHERE polname IN ('fence', 'todo_db_shared')
 """)
 
@@ -63,8 +72,15 @@ def configure(metadata: MetaData, *, include_object: Include | None = None, **op
         **options: Further options of Alembic's `EnvironmentContext.configure`.
 
     Raises:
-        CommandError: The tables of todo_db are not there, or the login may not migrate.
+        CommandError: The tables of todo_db are not there, the login may not migrate, or the
+            metadata has a schema.
     """
+    if metadata.schema is not None:
+        # Alembic would write it before every table without one, such as users.
+        raise CommandError(
+            "MetaData(schema=…) would hide the tables of todo_db from the foreign keys: give the "
+            'schema to each class, by __table_args__ = {"schema": …}'
+        )
     schemas = {table.schema for table in metadata.tables.values()} | {None}
     fenced: set[tuple[str | None, str]] = set()
 
@@ -85,7 +101,7 @@ def configure(metadata: MetaData, *, include_object: Include | None = None, **op
     ) -> bool:
         table = cast("Table", item if kind == "table" else getattr(item, "table", None))
         is_dropped = reflected and model is None
-        if table.name in OUR_COLUMNS and table.schema is None:
+        if is_ours(table):
             is_included = kind == "table" or _is_added(table, name, kind, is_dropped=is_dropped)
         else:
             is_included = kind != "table" or not is_dropped or (table.schema, table.name) in fenced
@@ -126,6 +142,7 @@ def run(
         prepare: Called in the transaction of the migrations, before they run.
         **options: Of Alembic's `EnvironmentContext.configure`.
     """
+    options = {"compare_type": True, "compare_server_default": True} | options
 
     def migrate(connection: Connection | None) -> None:
         context.configure(
@@ -135,25 +152,26 @@ def run(
             literal_binds=connection is None,
             # With the default, an offline script would double every percent sign.
             dialect_opts={"paramstyle": "named"},
-            compare_type=True,
-            compare_server_default=True,
             **options,
         )
         with context.begin_transaction():
-            for statement in LOCK_SQL:
-                context.execute(statement)
+            _lock()
             if connection is not None:
                 prepare(connection)
             context.run_migrations()
+            if connection is not None:
+                heads = context.get_context().get_current_heads()
+                context.config.attributes[AT] = ", ".join(heads)
 
     if context.is_offline_mode():
         migrate(None)
         return
     # `todo_db.migrations` gives a URL. Otherwise it is Alembic's command line, which prints a
     # CommandError as one line and anything else as a traceback.
-    is_ours = "url" in context.config.attributes
+    is_called = "url" in context.config.attributes
+    url = cast("str | Callable[[], str] | None", context.config.attributes.get("url"))
     try:
-        asyncio.run(_online(context.config.attributes.get("url"), migrate))
+        asyncio.run(_online(url() if callable(url) else url, migrate))
     except TodoDBError as error:
         failure = error
     except DBAPIError as error:
@@ -166,7 +184,22 @@ def run(
         )
     else:
         return
-    raise failure if is_ours else CommandError(str(failure))
+    raise failure if is_called else CommandError(str(failure))
+
+
+def _lock() -> None:
+    """Wait until no other migration runs."""
+    try:
+        for statement in LOCK_SQL:
+            context.execute(statement)
+    except DBAPIError as error:
+        if not isinstance(translated(error), CallTimeoutError):
+            raise
+    else:
+        return
+    raise CallTimeoutError(
+        "another migration of this database is running, and did not end in time: nothing was done"
+    )
 
 
 async def _online(url: str | None, migrate: Callable[[Connection], None]) -> None:

@@ -10,6 +10,7 @@ from typing import Final, Literal, NamedTuple, TypedDict, cast
 
 from sqlalchemy import (
     Column,
+    Constraint,
     ForeignKeyConstraint,
     Integer,
     PrimaryKeyConstraint,
@@ -19,6 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ExcludeConstraint
 from sqlalchemy.exc import NoReferencedColumnError, NoReferencedTableError
+from sqlalchemy.sql.naming import conv
 
 from todo_db.errors import ConfigurationError
 
@@ -55,13 +57,16 @@ class FenceOptions(TypedDict, total=False):
     delete: bool
 
 
-def object_name(*parts: str) -> str:
-    """Return a name of an index, with a digest at its end if PostgreSQL would cut it."""
+def object_name(*parts: str) -> conv:
+    """Return a name of a constraint or an index, with a digest if PostgreSQL would cut it.
+
+    A naming convention of the application does not change it.
+    """
     name = "_".join(parts)
-    if len(name.encode()) <= _LONGEST_NAME:
-        return name
-    digest = blake2b(name.encode(), digest_size=4).hexdigest()
-    return f"{name.encode()[: _LONGEST_NAME - 9].decode(errors='ignore')}_{digest}"
+    if _is_cut(name):
+        digest = blake2b(name.encode(), digest_size=4).hexdigest()
+        name = f"{name.encode()[: _LONGEST_NAME - 9].decode(errors='ignore')}_{digest}"
+    return conv(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,6 @@ class Fence:
         update: The columns that it may change.
         delete: Whether it may delete rows.
         touch: Whether a trigger sets `updated_at` when a row changes.
-        owner: The column that names the user.
     """
 
     table: str
@@ -84,7 +88,6 @@ class Fence:
     update: tuple[str, ...] = ()
     delete: bool = True
     touch: bool = False
-    owner: str = OWNER
 
 
 class _Declared(NamedTuple):
@@ -122,32 +125,48 @@ def fence_of(table: Table) -> Fence:
 
 
 def problems(table: Table) -> Iterator[str]:
-    """Yield what would let one user learn of another one's rows through an owned table."""
+    """Yield what would let one user learn of another one's rows through a table."""
     name = table.fullname
+    for cut in filter(_is_cut, (table.name, *(column.name for column in table.c))):
+        yield f"the name {cut} is longer than {_LONGEST_NAME} bytes: PostgreSQL would cut it"
+    if kind_of(table) == "owned":
+        yield from _owned_problems(name, table)
+    # No user may write a shared one.
+    for constraint in table.foreign_key_constraints if kind_of(table) != "shared" else ():
+        yield from _foreign_key_problems(name, constraint)
+
+
+def _owned_problems(name: str, table: Table) -> Iterator[str]:
     owner = table.c.get(OWNER)
     if owner is None or owner.nullable or not isinstance(owner.type, Text):
-        yield f"{name} has no column {OWNER} text NOT NULL: derive its class from Owned"
+        yield (
+            f"{name} has no column {OWNER} text NOT NULL, as Owned adds it; a class that inherits "
+            "from a mapped class with another table cannot have one: use owned_reference() instead"
+        )
         return
     for column in table.primary_key:
         if _is_numbered_by_hand(column):
             yield (
                 f"{name}.{column.name} needs a sequence that the application may not use: use "
-                "mapped_column(BigInteger, Identity(always=True), primary_key=True)"
+                "mapped_column(BigInteger, Identity(always=True), primary_key=True), or "
+                "autoincrement=False if the application numbers the rows"
             )
     fence = fence_of(table)
-    given = {*fence.insert, *fence.update}
-    for columns in _unique_keys(table):
-        if OWNER not in columns and columns <= given:
+    named = {*fence.insert, *fence.update}
+    if unknown := named - {column.name for column in table.c}:
+        yield f"{name} has no column {', '.join(sorted(unknown))}, which its __fence__ names"
+    # What is computed from the values of the application is given by it, too.
+    given = named | {column.name for column in table.c if column.computed is not None}
+    for columns, has_owner in _unique_keys(table):
+        if not has_owner and columns <= given:
             yield (
                 f"the unique key ({', '.join(sorted(columns))}) of {name} tells a user by an error "
                 f"which values others have: add {OWNER} to it"
             )
-    for constraint in table.foreign_key_constraints:
-        yield from _foreign_key_problems(name, constraint)
 
 
 def check(table: Table) -> None:
-    """Refuse an owned table through which one user could learn of another one's rows.
+    """Refuse a table through which one user could learn of another one's rows.
 
     Raises:
         ConfigurationError: The first of its problems.
@@ -164,7 +183,7 @@ def fence_sql(fence: Fence, quote: Callable[[str], str]) -> Iterator[str]:
         quote: Quotes an identifier.
     """
     table = _named(fence.table, fence.schema, quote)
-    mine = f"{quote(fence.owner)} {RULE}"
+    mine = f"{OWNER} {RULE}"
     yield from _enabled(table, fence.schema, quote)
     yield f"CREATE POLICY own ON {table} TO {ROLE} USING ({mine}) WITH CHECK ({mine})"
     # Permissive policies are combined by OR, so one that is added by mistake would open the table.
@@ -217,13 +236,14 @@ def _enabled(table: str, schema: str | None, quote: Callable[[str], str]) -> Ite
 
 
 def _cleared(table: str) -> Iterator[str]:
-    literal = table.replace("'", "''")
-    drop = literal.replace("%", "%%")
-    yield (
-        "DO $todo_db$ DECLARE policy name; BEGIN FOR policy IN SELECT polname"  # noqa: S608  # DDL
-        f" FROM pg_catalog.pg_policy WHERE polrelid = '{literal}'::regclass LOOP"
-        f" EXECUTE pg_catalog.format('DROP POLICY %I ON {drop}', policy); END LOOP; END $todo_db$"
+    # Two strings, one in the other: a name may contain any tag of a dollar quote.
+    name = _string(table)
+    code = (
+        "DECLARE policy name; BEGIN FOR policy IN SELECT polname FROM pg_catalog.pg_policy"  # noqa: S608  # DDL
+        f" WHERE polrelid = {name}::regclass LOOP EXECUTE"
+        f" pg_catalog.format('DROP POLICY %I ON %s', policy, {name}::regclass); END LOOP; END"
     )
+    yield f"DO {_string(code)}"
     yield f"DROP TRIGGER IF EXISTS touch ON {table}"
     yield f"REVOKE ALL ON {table} FROM {ROLE}, PUBLIC"
 
@@ -236,6 +256,10 @@ def _column_rights(fence: Fence, quote: Callable[[str], str]) -> Iterator[tuple[
 
 def _named(table: str, schema: str | None, quote: Callable[[str], str]) -> str:
     return quote(table) if schema is None else f"{quote(schema)}.{quote(table)}"
+
+
+def _string(value: str) -> str:
+    return "'" + value.replace("'", "''") + "'"
 
 
 def _declared(table: Table) -> _Declared | None:
@@ -264,13 +288,24 @@ def _is_numbered_by_hand(column: Column[object]) -> bool:
     return is_number and column.server_default is None and not column.foreign_keys
 
 
-def _unique_keys(table: Table) -> Iterator[set[str]]:
+def _unique_keys(table: Table) -> Iterator[tuple[set[str], bool]]:
+    """Yield the columns of each key, and whether it separates the rows of two users."""
     for constraint in table.constraints:
         if isinstance(constraint, PrimaryKeyConstraint | UniqueConstraint | ExcludeConstraint):
-            yield {column.name for column in constraint.columns}
+            names = {column.name for column in constraint.columns}
+            yield names, OWNER in names and _operator(constraint) == "="
     for index in table.indexes:
         if index.unique:
-            yield {column.name for column in index.columns}
+            # In an expression, two users may have the same value.
+            alone = [each.name for each in index.expressions if isinstance(each, Column)]
+            yield {column.name for column in index.columns}, OWNER in alone
+
+
+def _operator(key: Constraint) -> str:
+    """Return by which operator two rows are compared in the column of the user."""
+    if not isinstance(key, ExcludeConstraint):
+        return "="
+    return cast("dict[str, str]", key.operators).get(OWNER, "")  # pyright: ignore[reportUnknownMemberType]
 
 
 def _foreign_key_problems(name: str, constraint: ForeignKeyConstraint) -> Iterator[str]:
@@ -281,8 +316,19 @@ def _foreign_key_problems(name: str, constraint: ForeignKeyConstraint) -> Iterat
         # A string that names a class which is not defined yet. Autogenerate checks it again.
         return
     target = constraint.referred_table
-    if kind_of(target) == "owned":
+    kind = kind_of(target)
+    if kind == "owned":
         if (OWNER, OWNER) not in pairs:
             yield f"{subject} could name a row of another user: use owned_reference()"
-    elif target.name == "users" and pairs != {(OWNER, "id")}:
-        yield f"{subject} tells which users there are: leave the foreign key out"
+    elif target.fullname == "users":
+        if pairs != {(OWNER, "id")}:
+            yield f"{subject} tells which users there are: leave the foreign key out"
+    elif kind is None:
+        yield (
+            f"{subject} tells which rows of {target.fullname} there are: derive its class from "
+            "Owned or Shared, or leave the foreign key out"
+        )
+
+
+def _is_cut(name: str) -> bool:
+    return len(name.encode()) > _LONGEST_NAME

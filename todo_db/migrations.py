@@ -9,7 +9,7 @@ from typing import Final
 from alembic import command
 from alembic.config import Config
 
-from todo_db.environment import configure
+from todo_db.environment import AT, configure
 from todo_db.errors import ConfigurationError
 
 __all__ = [
@@ -33,11 +33,12 @@ def script_directory() -> Path:
     return packaged if packaged.is_dir() else _PACKAGE.parent / "alembic"
 
 
-def alembic_config(url: str | None = None) -> Config:
+def alembic_config(url: str | Callable[[], str] | None = None) -> Config:
     """Return Alembic's configuration. It needs no file, so it works in any folder.
 
     Args:
-        url: The URL of the database; by default from `Settings` when a command runs.
+        url: The URL of the database, or a function that returns it, called only for a command that
+            connects; by default from `Settings` when a command runs.
     """
     config = Config()
     config.set_main_option("script_location", str(script_directory()).replace("%", "%%"))
@@ -58,7 +59,7 @@ def alembic_file(path: Path) -> Config:
     return Config(toml_file=path) if path.suffix == ".toml" else Config(path)
 
 
-async def upgrade(url: str, revision: str = "head", *, config: Config | None = None) -> None:
+async def upgrade(url: str, revision: str = "head", *, config: Config | None = None) -> str:
     """Migrate a database up to a revision. Migrations that already ran are not run again.
 
     One transaction, under an advisory lock; it has committed when this returns. Errors of the
@@ -68,8 +69,14 @@ async def upgrade(url: str, revision: str = "head", *, config: Config | None = N
         url: The database, as its owner; the direct endpoint is used.
         revision: Where to stop.
         config: Of an application's own migrations; by default those of todo_db.
+
+    Returns:
+        The revision that the database is at, which may be a later one.
+
+    Raises:
+        CallTimeoutError: Another migration was running for 60 seconds.
     """
-    await asyncio.to_thread(_run, command.upgrade, config or alembic_config(), url, revision)
+    return await asyncio.to_thread(_run, command.upgrade, config or alembic_config(), url, revision)
 
 
 async def downgrade(url: str, revision: str) -> None:
@@ -77,7 +84,8 @@ async def downgrade(url: str, revision: str) -> None:
     await asyncio.to_thread(_run, command.downgrade, alembic_config(), url, revision)
 
 
-def _run(run: Callable[[Config, str], None], config: Config, url: str, revision: str) -> None:
+def _run(run: Callable[[Config, str], None], config: Config, url: str, revision: str) -> str:
     with _one_at_a_time:
         config.attributes["url"] = url
         run(config, revision)
+    return str(config.attributes[AT])

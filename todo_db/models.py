@@ -5,7 +5,6 @@ triggers, checks and identity columns of the tables here; the tests compare them
 database. For the tables of an application, `todo_db.operations` compares most of them.
 """
 
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, ClassVar, Final, Literal, NamedTuple, cast
 
@@ -26,15 +25,18 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    event,
     false,
     func,
     text,
 )
+from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.orm import (
     DeclarativeBase,
     InstrumentedAttribute,
     Mapped,
     MappedColumn,
+    Mapper,
     declared_attr,
     mapped_column,
 )
@@ -91,9 +93,22 @@ def _user_id(*, index: bool = False) -> Mapped[str]:
     return mapped_column(Text, ForeignKey("users.id", ondelete="CASCADE"), index=index)
 
 
-def _timestamp(*, server_onupdate: FetchedValue | None = None) -> Mapped[datetime]:
+def _owner(table: str) -> MappedColumn[str]:
+    name = fence.object_name("fk", table, OWNER, "users")
+    # A column, not its name: an application may have other metadata.
+    key = ForeignKey(User.__table__.c.id, ondelete="CASCADE", name=name)
+    return mapped_column(Text, key, nullable=False, sort_order=-1)
+
+
+def _timestamp(
+    server_onupdate: FetchedValue | None = None, *, sort_order: int = 0
+) -> MappedColumn[datetime]:
     return mapped_column(
-        DateTime(timezone=True), server_default=func.now(), server_onupdate=server_onupdate
+        DateTime(timezone=True),
+        nullable=False,
+        server_default=func.now(),
+        server_onupdate=server_onupdate,
+        sort_order=sort_order,
     )
 
 
@@ -115,11 +130,14 @@ class User(Base):
     email_verified: Mapped[bool] = mapped_column(server_default=false())
     image: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = _timestamp()
-    updated_at: Mapped[datetime] = _timestamp(server_onupdate=FetchedValue())
+    updated_at: Mapped[datetime] = _timestamp(FetchedValue())
 
 
 OUR_COLUMNS: Final[dict[str, frozenset[str]]] = {}
 """The tables of todo_db and their columns, without those that an application adds."""
+
+
+_quote: Final = PGDialect().identifier_preparer.quote  # type: ignore[no-untyped-call]  # SQLAlchemy's
 
 
 class _Reference(NamedTuple):
@@ -136,10 +154,10 @@ _REFERENCE: Final = "todo_db.reference"
 class Owned:
     """A mixin for tables whose rows belong to one user each, behind the fence of todo_db.
 
-    It adds the column `user_id` with its foreign key to `users` (`ON DELETE CASCADE`), and the
-    unique key `(user_id, id)` if the class has an `id`, for `owned_reference` of other classes.
-    `user_id` is a part of the primary key if the application gives the key's values; an `id` that
-    PostgreSQL makes (`Identity(always=True)`, or a `server_default`) stays the key alone.
+    It adds the column `user_id` with its foreign key to `users` (`ON DELETE CASCADE`). `user_id`
+    is a part of the primary key if the application gives the key's values, and all of it if there
+    is no other key. An `id` that PostgreSQL makes (`Identity(always=True)`, or a `server_default`)
+    stays the key alone; then `(user_id, id)` is unique too, for `owned_reference` of other classes.
 
     Autogenerate writes its table with `op.fence` (`todo_db.migrations.configure`). An INSERT of an
     entity needs no `user_id`: `Transaction.session` fills it in.
@@ -149,26 +167,25 @@ class Owned:
             another one's rows: by a unique key, a primary key or a foreign key without `user_id`.
     """
 
-    __table__: ClassVar[Any]
     __fence__: ClassVar[FenceOptions] = {}
     """Narrows what the application may do: `{"update": ["name"], "delete": False}`."""
 
-    @declared_attr
-    @classmethod
-    def user_id(cls) -> Mapped[str]:
-        """The user whose row this is."""
-        return mapped_column(
-            Text,
-            ForeignKey(User.__table__.c.id, ondelete="CASCADE"),
-            primary_key=any(_is_given_key(column) for column in _columns(cls)),
-            sort_order=-1,
-        )
+    # No annotations: in a MappedAsDataclass they would have to be fields of a dataclass.
+    user_id = declared_attr(lambda cls: _owner(cls.__tablename__))  # pyright: ignore[reportUnknownArgumentType, reportUnknownLambdaType, reportUnknownMemberType]
+    """The user whose row this is."""
 
-    def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401  # SQLAlchemy's
-        super().__init_subclass__(**options)
-        # An abstract class or a mixin has none.
-        if hasattr(cls, "__table__"):
-            _own(cls.__table__, cls.__fence__)
+    # SQLAlchemy calls it in place of Table, before it reads the primary key.
+    @classmethod
+    def __table_cls__(cls, *arguments: Any, **options: Any) -> Table:  # noqa: ANN401  # Table's
+        table = Table(*arguments, **options)
+        key = table.primary_key
+        is_given = not key.columns or any(map(_is_given_key, key.columns))
+        if OWNER in table.c and OWNER not in key.columns and is_given:
+            table.c[OWNER].primary_key = True
+            table.append_constraint(
+                PrimaryKeyConstraint(table.c[OWNER], *key, name=cast("str | None", key.name))
+            )
+        return table
 
 
 class Shared:
@@ -177,13 +194,6 @@ class Shared:
     Autogenerate writes its table with `op.share` (`todo_db.migrations.configure`).
     """
 
-    __table__: ClassVar[Any]
-
-    def __init_subclass__(cls, **options: Any) -> None:  # noqa: ANN401  # SQLAlchemy's
-        super().__init_subclass__(**options)
-        if hasattr(cls, "__table__"):
-            fence.declare(cls.__table__, "shared", {})
-
 
 class Timestamps:
     """A mixin for `created_at` and `updated_at`, which PostgreSQL sets.
@@ -191,15 +201,8 @@ class Timestamps:
     `updated_at` grows with every real change, by the trigger that the fence creates.
     """
 
-    created_at: Mapped[datetime] = mapped_column(
-        DateTime(timezone=True), server_default=func.now(), sort_order=98
-    )
-    updated_at: Mapped[datetime] = mapped_column(
-        DateTime(timezone=True),
-        server_default=func.now(),
-        server_onupdate=FetchedValue(),
-        sort_order=99,
-    )
+    created_at = declared_attr(lambda _: _timestamp(sort_order=98))  # pyright: ignore[reportUnknownArgumentType, reportUnknownLambdaType]
+    updated_at = declared_attr(lambda _: _timestamp(FetchedValue(), sort_order=99))  # pyright: ignore[reportUnknownArgumentType, reportUnknownLambdaType]
 
 
 def owned_reference[T](
@@ -213,6 +216,8 @@ def owned_reference[T](
 
     Its foreign key is `(user_id, column)`. A foreign key on the column alone would accept another
     user's row, and tell which ids exist: PostgreSQL checks foreign keys without row-level security.
+    Give a relationship over it this column alone, `relationship(foreign_keys=[task_id])`: two that
+    both wrote `user_id` would conflict.
 
     Args:
         target: The column that it names, such as `Label.id`; as a string, such as `"messages.id"`,
@@ -228,66 +233,94 @@ def owned_reference[T](
     )
 
 
-def _columns(cls: type) -> Iterator[Column[Any]]:
-    """Yield the columns that a class declares, or inherits from mixins, before it is mapped."""
-    for each in cls.__mro__:
-        for value in vars(each).values():
-            if isinstance(value, MappedColumn):
-                yield value.column  # pyright: ignore[reportUnknownMemberType]  # of any type
-
-
 def _is_given_key(column: Column[Any]) -> bool:
-    is_made = column.identity is not None or column.server_default is not None
-    return column.primary_key and not is_made
+    return column.identity is None and column.server_default is None
+
+
+# Not `__init_subclass__`, which runs too early for a class that a decorator maps.
+@event.listens_for(Mapper, "after_mapper_constructed")
+def _protect(mapper: Mapper[Any], cls: type) -> None:
+    """Complete and check the table of a class that derives from a mixin here."""
+    if not isinstance(mapper.local_table, Table):
+        return
+    table = cast("Table", mapper.local_table)  # pyright: ignore[reportUnknownMemberType]
+    if issubclass(cls, Owned):
+        _own(table, cls.__fence__)
+    elif issubclass(cls, Shared):
+        fence.declare(table, "shared", {})
+        fence.check(table)
+    for column in table.c:
+        if _REFERENCE in column.info:
+            raise ConfigurationError(
+                f"{table.fullname}.{column.name}: owned_reference() is for a class that derives "
+                "from Owned"
+            )
+    if is_ours(table):
+        _check_added(table)
+
+
+def is_ours(table: Table) -> bool:
+    """Whether the migrations of todo_db create a table."""
+    return table.name in OUR_COLUMNS and table.schema is None
 
 
 def _own(table: Table, options: FenceOptions) -> None:
-    for column in table.c:
-        if reference := column.info.pop(_REFERENCE, None):
-            _refer(table, column, reference)
-    if "id" in table.c and not _is_indexed(table, [OWNER, "id"], unique=True):
-        table.append_constraint(UniqueConstraint(OWNER, "id"))
-    if table.name in OUR_COLUMNS and table.schema is None:
-        _check_added(table)
+    if OWNER in table.c:
+        key = table.primary_key.columns.keys()
+        if OWNER not in key and not _is_indexed(table, [OWNER, *key], unique=True):
+            name = fence.object_name("uq", table.name, OWNER, *key)
+            table.append_constraint(UniqueConstraint(OWNER, *key, name=name))
+        for column in table.c:
+            if reference := column.info.pop(_REFERENCE, None):
+                _refer(table, column, reference)
     fence.declare(table, "owned", options)
     fence.check(table)
 
 
 def _check_added(table: Table) -> None:
-    """Refuse a column of an application that the repositories would have to give a value."""
+    """Refuse a column of an application that the writers of the table would have to fill."""
     for column in table.c:
-        is_ours = column.name in OUR_COLUMNS[table.name]
+        is_added = column.name not in OUR_COLUMNS[table.name]
         has_default = column.default is not None or column.onupdate is not None
-        if not is_ours and (has_default or (column.server_default is None and not column.nullable)):
+        is_filled = column.nullable or column.server_default is not None
+        if is_added and (has_default or not is_filled):
             raise ConfigurationError(
                 f"{table.name}.{column.name} is added to a table of todo_db, whose repositories do "
                 "not know it: make it nullable, or give it a server_default"
             )
+    fence.check(table)
 
 
 def _refer(table: Table, column: Column[Any], reference: _Reference) -> None:
     target, ondelete, has_index = reference
+    subject = f"{table.fullname}.{column.name}"
     if isinstance(target, str):
         name, _, key = target.rpartition(".")
         if name not in {table.name, table.fullname} or key not in table.c:
             raise ConfigurationError(
-                f"{table.fullname}.{column.name}: a string names a column of the same table; name "
-                "one of another class by its attribute, such as Label.id"
+                f"{subject}: a string names a column of the same table; name one of another class "
+                "by its attribute, such as Label.id"
             )
         parent = table.c[key]
     else:
         parent = cast("Column[Any]", target.property.columns[0])
+    if not _is_indexed(parent.table, [OWNER, parent.name], unique=True):
+        raise ConfigurationError(
+            f"{subject}: owned_reference() names a column of an owned table that is unique "
+            f"together with {OWNER}, such as its primary key"
+        )
     column.type = parent.type
     if ondelete == "SET NULL":
         if not column.nullable:
-            raise ConfigurationError(
-                f"{table.fullname}.{column.name}: ondelete='SET NULL' needs Mapped[… | None]"
-            )
+            raise ConfigurationError(f"{subject}: ondelete='SET NULL' needs Mapped[… | None]")
         # Without the list, user_id would become NULL as well.
-        ondelete = f"SET NULL ({column.name})"
+        ondelete = f"SET NULL ({_quote(column.name)})"
     table.append_constraint(
         ForeignKeyConstraint(
-            [table.c[OWNER], column], [parent.table.c[OWNER], parent], ondelete=ondelete
+            [table.c[OWNER], column],
+            [parent.table.c[OWNER], parent],
+            ondelete=ondelete,
+            name=fence.object_name("fk", table.name, OWNER, column.name, parent.table.name),
         )
     )
     if has_index and not _is_indexed(table, [OWNER, column.name]):
@@ -362,7 +395,7 @@ class Session(Base):
     ip_address: Mapped[str | None] = mapped_column(Text)
     user_agent: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = _timestamp()
-    updated_at: Mapped[datetime] = _timestamp(server_onupdate=FetchedValue())
+    updated_at: Mapped[datetime] = _timestamp(FetchedValue())
 
 
 class Account(Base):
@@ -382,7 +415,7 @@ class Account(Base):
     scope: Mapped[str | None] = mapped_column(Text)
     password: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = _timestamp()
-    updated_at: Mapped[datetime] = _timestamp(server_onupdate=FetchedValue())
+    updated_at: Mapped[datetime] = _timestamp(FetchedValue())
 
 
 class Verification(Base):
@@ -395,7 +428,7 @@ class Verification(Base):
     value: Mapped[str] = mapped_column(Text)
     expires_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
     created_at: Mapped[datetime] = _timestamp()
-    updated_at: Mapped[datetime] = _timestamp(server_onupdate=FetchedValue())
+    updated_at: Mapped[datetime] = _timestamp(FetchedValue())
 
 
 class SigningKey(Base):

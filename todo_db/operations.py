@@ -4,6 +4,7 @@ Importing this module registers `op.fence`, `op.share`, `op.unfence`, `op.grant_
 `op.revoke_columns`. The columns stand in the migration: a migration never reads a model.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, cast, override
@@ -28,7 +29,7 @@ from todo_db.fence import (
     share_sql,
     unfence_sql,
 )
-from todo_db.models import OUR_COLUMNS
+from todo_db.models import OUR_COLUMNS, is_ours
 
 APPLICATION: Final = "todo_db_application"
 """The option of Alembic's context that says that an application's own tables are compared."""
@@ -39,12 +40,13 @@ type Quote = Callable[[str], str]
 class _Operation(MigrateOperation):
     """An operation that is some SQL, and one line of a migration."""
 
-    def statements(self, quote: Quote) -> Iterator[str]:
-        raise NotImplementedError
+    @abstractmethod
+    def statements(self, quote: Quote) -> Iterator[str]: ...
 
+    @abstractmethod
     def source(self) -> str:
         """Return the line of a migration."""
-        raise NotImplementedError
+        ...
 
     @override
     def to_diff_tuple(self) -> tuple[Any, ...]:
@@ -257,7 +259,8 @@ def _render(_context: AutogenContext, operation: _Operation) -> str:
 # What is behind a table in the database: its policies, the rights of the application and of
 # PUBLIC, whether row-level security holds for its owner too, and whether its trigger is there.
 _STORED: Final = text(f"""
-    SELECT relrowsecurity AND relforcerowsecurity AS enabled,
+    SELECT relrowsecurity AND relforcerowsecurity
+            AND has_schema_privilege('{ROLE}', relnamespace, 'USAGE') AS enabled,
         ARRAY(SELECT concat_ws(' ', polname, polpermissive, polcmd, polroles::regrole[],
                 pg_get_expr(polqual, polrelid), pg_get_expr(polwithcheck, polrelid))
             FROM pg_policy WHERE polrelid = c.oid ORDER BY polname) AS policies,
@@ -265,7 +268,8 @@ _STORED: Final = text(f"""
                 CASE WHEN is_grantable THEN 'WITH GRANT OPTION' END)
             FROM aclexplode(relacl) WHERE grantee IN (0, '{ROLE}'::regrole)
             ORDER BY 1) AS rights,
-        ARRAY(SELECT concat_ws(' ', nullif(grantee, 0)::regrole, privilege_type, attname)
+        ARRAY(SELECT concat_ws(' ', nullif(grantee, 0)::regrole,
+                CASE WHEN is_grantable THEN 'WITH GRANT OPTION' END, privilege_type, attname)
             FROM pg_attribute, aclexplode(attacl)
             WHERE attrelid = c.oid AND NOT attisdropped AND grantee IN (0, '{ROLE}'::regrole)
             ORDER BY attname COLLATE "C") AS column_rights,
@@ -343,13 +347,8 @@ def _compare(context: AutogenContext, upgrade: UpgradeOps, _schemas: object) -> 
     first: list[MigrateOperation] = []
     last: list[MigrateOperation] = []
     for table in context.sorted_tables:
-        stored = _stored(context, table)
-        if table.name in OUR_COLUMNS and table.schema is None:
-            _compare_columns(table, stored, first, last)
-        elif kind_of(table) == "owned":
-            _compare_fence(table, stored, first, last)
-        elif kind_of(table) == "shared" and (stored is None or not stored.is_shared):
-            last.append(ShareTable(table.name, table.schema, _before(table, stored)))
+        if context.run_object_filters(table, table.name, "table", False, None):  # noqa: FBT003  # Alembic's
+            _compare_table(table, _stored(context, table), first, last)
     for operation in upgrade.ops:
         if isinstance(operation, DropTableOp):
             dropped = operation.to_table()
@@ -359,6 +358,28 @@ def _compare(context: AutogenContext, upgrade: UpgradeOps, _schemas: object) -> 
     # A downgrade runs them in the reverse order: each names only columns that are there then.
     upgrade.ops[:0] = first
     upgrade.ops += last
+
+
+def _compare_table(
+    table: Table,
+    stored: _Stored | None,
+    first: list[MigrateOperation],
+    last: list[MigrateOperation],
+) -> None:
+    kind = kind_of(table)
+    for problem in problems(table) if kind is not None or is_ours(table) else ():
+        raise CommandError(problem)
+    if is_ours(table):
+        _compare_columns(table, stored, first, last)
+    elif kind == "owned":
+        _compare_fence(table, stored, first, last)
+    elif kind == "shared":
+        if stored is None or not stored.is_shared:
+            # First if it can be: while the policies of an owned table are there, its columns stay.
+            share = ShareTable(table.name, table.schema, _before(table, stored))
+            (last if stored is None else first).append(share)
+    elif before := _before(table, stored):
+        first.append(Unfence(table.name, table.schema, before))
 
 
 def _before(table: Table, stored: _Stored | None) -> MigrateOperation | None:
@@ -377,8 +398,6 @@ def _compare_fence(
     first: list[MigrateOperation],
     last: list[MigrateOperation],
 ) -> None:
-    for problem in problems(table):
-        raise CommandError(problem)
     wanted = fence_of(table)
     found = None if stored is None else stored.fence(table)
     if found == wanted:
@@ -400,7 +419,8 @@ def _compare_fence(
 
 
 def _both(names: Iterable[str], table: Table) -> tuple[str, ...]:
-    return tuple(name for name in names if name in table.c)
+    kept = {column.name for column in table.c}
+    return tuple(name for name in names if name in kept)
 
 
 def _compare_columns(

@@ -8,12 +8,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import typer
+from alembic.command import revision as revision_command
 from alembic.config import CommandLine
 from alembic.util import CommandError
 from pydantic import SecretStr
@@ -65,7 +66,8 @@ def _report_errors() -> Generator[None]:
             line = f"{line}\n{hint}"
     else:
         return
-    _messages.print(line, style="bold red", markup=False)
+    # Not wrapped, because it may contain a statement to copy.
+    _messages.print(line, style="bold red", markup=False, soft_wrap=True)
     raise typer.Exit(1)
 
 
@@ -105,8 +107,8 @@ def demo() -> None:
 def migrate(revision: Annotated[str, typer.Argument(help="Target revision.")] = "head") -> None:
     """Migrate the database, to the newest revision by default."""
     with _report_errors(), database_url(_messages, direct=True) as url:
-        asyncio.run(migrations.upgrade(url, revision))
-        _messages.print("Migrated.", style="green")
+        place = asyncio.run(migrations.upgrade(url, revision))
+        _messages.print(f"Migrated: the database is at {place}.", style="green", highlight=False)
 
 
 @app.command(
@@ -124,8 +126,19 @@ def alembic(context: typer.Context) -> None:
     if not hasattr(options, "cmd"):
         line.parser.print_help()
         raise typer.Exit(2)
-    with _report_errors(), database_url(_messages, direct=True) as url:
-        line.run_cmd(migrations.alembic_config(url), options)
+    with _report_errors(), ExitStack() as stack:
+        if options.config:
+            raise CommandError(
+                "todo-db alembic has its own configuration: for yours, run alembic itself"
+            )
+        # Only a command that connects calls this, which may start a PostgreSQL.
+        config = migrations.alembic_config(
+            lambda: stack.enter_context(database_url(_messages, direct=True))
+        )
+        if options.cmd[0] is not revision_command:
+            # Otherwise `history` would connect.
+            config.set_main_option("revision_environment", "false")
+        line.run_cmd(config, options)
 
 
 @app.command()

@@ -1,14 +1,13 @@
 """The files with which an application keeps migrations of its own."""
 
-import re
 import tomllib
+from keyword import iskeyword
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from todo_db.errors import ConfigurationError
 from todo_db.migrations import script_directory
 
-_MODULE: Final = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 _ENVIRONMENT: Final = '''"""Alembic's environment for the tables of this application."""
 
 from {module} import Base
@@ -36,7 +35,7 @@ class Label(Owned, Timestamps, Base):
 _SETTINGS: Final = """
 [tool.alembic]
 script_location = "%(here)s/{folder}"
-prepend_sys_path = ["."]
+prepend_sys_path = ["{path}"]
 """
 
 
@@ -55,26 +54,44 @@ def create_project(root: Path, module: str, folder: str) -> list[Path]:
     Raises:
         ConfigurationError: A name cannot be used, or Alembic is set up here already.
     """
-    if not _MODULE.fullmatch(module):
+    parts = module.split(".")
+    if not all(part.isidentifier() and not iskeyword(part) for part in parts):
         raise ConfigurationError("the module must be a dotted name, such as app.models")
-    if not _MODULE.fullmatch(folder) or folder == "alembic":
+    if not folder.isidentifier() or folder == "alembic":
         # A folder with the name of the library would hide it.
         raise ConfigurationError("the folder must be a name such as migrations, and not alembic")
+    # Where Python finds the module, or would.
+    path = "src" if _found(root / "src" / parts[0]) else "."
     settings = root / "pyproject.toml"
-    text = settings.read_text() if settings.exists() else ""
-    if "alembic" in tomllib.loads(text).get("tool", {}) or (root / "alembic.ini").exists():
+    text = settings.read_text("utf-8") if settings.exists() else ""
+    added = _SETTINGS.format(folder=folder, path=path).lstrip("" if text else "\n")
+    if "alembic" in _parsed(text).get("tool", {}) or (root / "alembic.ini").exists():
         raise ConfigurationError("Alembic is set up here already: see its settings")
+    _parsed(text + added)
     written = {
         root / folder / "env.py": _ENVIRONMENT.format(module=module),
-        root / folder / "script.py.mako": (script_directory() / "script.py.mako").read_text(),
+        root / folder / "script.py.mako": (script_directory() / "script.py.mako").read_text(
+            "utf-8"
+        ),
         root / folder / "versions" / ".gitkeep": "",
     }
-    source = root / Path(*module.split("."))
-    if not source.is_dir() and not source.with_suffix(".py").exists():
+    source = root.joinpath(path, *parts)
+    if not _found(source):
         written[source.with_suffix(".py")] = _MODELS
-    written = {path: content for path, content in written.items() if not path.exists()}
-    for path, content in written.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    settings.write_text(text + _SETTINGS.format(folder=folder).lstrip("" if text else "\n"))
+    written = {file: content for file, content in written.items() if not file.exists()}
+    for file, content in written.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content, "utf-8")
+    settings.write_text(text + added, "utf-8")
     return [*written, settings]
+
+
+def _found(module: Path) -> bool:
+    return module.is_dir() or module.with_suffix(".py").exists()
+
+
+def _parsed(settings: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(settings)
+    except tomllib.TOMLDecodeError:
+        raise ConfigurationError("the settings cannot be added to pyproject.toml") from None
