@@ -1,6 +1,6 @@
 -- What the doctor asks a live database. Each SELECT at the end is one rule, and returns the code,
 -- the subject, the problem and the remedy of its findings; a subject is an object, or "a part of it
--- on a table". $1 has the columns of our three fenced tables, such as 'public.tasks.id'; $2 is the
+-- on a table". $1 has the columns of our tables, such as 'public.tasks.id'; $2 is the
 -- rule of every fence as PostgreSQL prints it, behind the bracket and the name of the column.
 WITH role AS (SELECT * FROM pg_roles WHERE rolname = 'todo_app'),
 -- A superuser has every right, and so has an owner on its table: each is reported once, and not
@@ -29,8 +29,8 @@ relations AS (
 touched AS (
     SELECT r.* FROM relations r, app
     WHERE relkind <> 'S' AND NOT pg_has_role(app.oid, relowner, 'MEMBER')
-        AND (has_any_column_privilege(app.oid, r.oid, 'SELECT, INSERT, UPDATE, REFERENCES')
-            OR has_table_privilege(app.oid, r.oid, 'DELETE, TRUNCATE, TRIGGER'))),
+        AND (has_table_privilege(app.oid, r.oid, 'SELECT, DELETE, TRUNCATE, TRIGGER')
+            OR has_any_column_privilege(app.oid, r.oid, 'SELECT, INSERT, UPDATE, REFERENCES'))),
 policies AS (
     SELECT p.*, format('%I on %s', polname, name) AS policy, name, rule,
         pg_get_expr(polqual, polrelid) AS qual, pg_get_expr(polwithcheck, polrelid) AS checked,
@@ -38,9 +38,8 @@ policies AS (
     FROM pg_policy p JOIN touched t ON t.oid = polrelid, app,
         concat('(', CASE name WHEN 'public.users' THEN 'id ' ELSE 'user_id ' END, $2::text) rule),
 stored AS (
-    SELECT t.*, NOT ours AND EXISTS (SELECT FROM policies p WHERE polrelid = t.oid AND bind
-            AND polname = 'todo_db_shared' AND polpermissive AND polcmd = 'r' AND qual = 'true')
-            AS shared,
+    SELECT t.*, NOT ours AND oid IN (SELECT polrelid FROM policies WHERE bind AND polpermissive
+            AND polname = 'todo_db_shared' AND polcmd = 'r' AND qual = 'true') AS shared,
         CASE
             WHEN relkind = 'f' THEN 'it is a foreign table, which can have none: REVOKE ALL ON '
                 || name || ' FROM todo_app, PUBLIC'
@@ -54,14 +53,14 @@ owned AS (
     SELECT s.*, attnum AS owner, attname, name = 'public.users' AS of_users,
         attnotnull AND atttypid = 'text'::regtype
             AND (SELECT collisdeterministic FROM pg_collation c WHERE c.oid = attcollation)
-            AS named_by_text
+            AS named_by_text, pg_index.indkey::int2[] AS primary_key
     FROM stored s LEFT JOIN pg_attribute ON attrelid = s.oid AND NOT attisdropped
         AND attname = CASE name WHEN 'public.users' THEN 'id' ELSE 'user_id' END
+        LEFT JOIN pg_index ON indrelid = s.oid AND indisprimary
     WHERE NOT shared),
 columns AS (
     SELECT o.oid, o.name, ours, a.attnum, a.attname, attidentity <> '' AS numbered,
-        a.attnum = owner OR EXISTS (SELECT FROM pg_index WHERE indrelid = o.oid AND indisprimary
-            AND a.attnum = ANY (indkey::int2[])) AS fixed,
+        a.attnum = owner OR a.attnum = ANY (primary_key) AS fixed,
         attnotnull AND NOT atthasdef AND attidentity = '' AS required,
         has_column_privilege(app.oid, o.oid, a.attnum, 'INSERT') AS inserted,
         has_column_privilege(app.oid, o.oid, a.attnum, 'UPDATE') AS updated
@@ -70,57 +69,71 @@ columns AS (
 -- Only a column that a user may write lets that user try values.
 unwritten AS (SELECT oid, attnum FROM columns WHERE NOT inserted AND NOT updated),
 keys AS (
-    SELECT k.*, format('%I on %s', conname, o.name) AS key, o.name, owner, o.of_users,
-        r.name = 'public.users' AS to_users, r.name AS target, r.named, r.oid = s.oid AS to_shared,
-        mine.attnum IS NOT NULL AS to_owned, EXISTS (SELECT FROM unnest(conkey, confkey) u(a, b)
-            WHERE a = owner AND b = mine.attnum) AS carries
+    SELECT k.*, format('%I on %s', conname, o.name) AS key, o.name, owner,
+        r.name = 'public.users' AS to_users, r.name AS target, r.named,
+        confrelid IN (SELECT oid FROM stored WHERE shared) AS to_shared,
+        theirs.attnum IS NOT NULL AS to_owned,
+        EXISTS (SELECT FROM unnest(conkey, confkey) u(a, b)
+            WHERE a = owner AND b = theirs.attnum) AS carries,
+        EXISTS (SELECT FROM pg_attribute WHERE attrelid = conrelid AND attnum = ANY (conkey)
+            AND NOT attnotnull) AS nullable
     FROM owned o JOIN pg_constraint k ON conrelid = o.oid AND contype = 'f' AND conparentid = 0
         JOIN relations r ON r.oid = confrelid
-        LEFT JOIN stored s ON s.oid = confrelid AND shared
-        LEFT JOIN pg_attribute mine ON mine.attrelid = confrelid AND mine.attname =
+        LEFT JOIN pg_attribute theirs ON theirs.attrelid = confrelid AND theirs.attname =
             CASE r.name WHEN 'public.users' THEN 'id' ELSE 'user_id' END
     WHERE named_by_text),
 functions AS (
     SELECT p.*, p.oid::regprocedure::text AS name FROM pg_proc p JOIN spaces n ON n.oid = pronamespace
     WHERE NOT EXISTS (SELECT FROM pg_depend
         WHERE classid = 'pg_proc'::regclass AND objid = p.oid AND deptype = 'e')),
--- What runs by itself when a table is used.
-parts (class, part, relation) AS (
-    SELECT 'pg_trigger'::regclass, oid, tgrelid FROM pg_trigger
-    UNION ALL SELECT 'pg_policy'::regclass, oid, polrelid FROM pg_policy
-    UNION ALL SELECT 'pg_constraint'::regclass, oid, conrelid FROM pg_constraint
-    UNION ALL SELECT 'pg_attrdef'::regclass, oid, adrelid FROM pg_attrdef
-    UNION ALL SELECT 'pg_rewrite'::regclass, oid, ev_class FROM pg_rewrite
-    UNION ALL SELECT 'pg_class'::regclass, indexrelid, indrelid FROM pg_index),
+suspects AS (SELECT * FROM functions WHERE prosecdef OR proleakproof),
+-- What calls them by itself when a table is used.
+calls AS (
+    SELECT refobjid AS function, CASE classid
+        WHEN 'pg_trigger'::regclass THEN (SELECT tgrelid FROM pg_trigger WHERE oid = objid)
+        WHEN 'pg_policy'::regclass THEN (SELECT polrelid FROM pg_policy WHERE oid = objid)
+        WHEN 'pg_constraint'::regclass THEN (SELECT conrelid FROM pg_constraint WHERE oid = objid)
+        WHEN 'pg_attrdef'::regclass THEN (SELECT adrelid FROM pg_attrdef WHERE oid = objid)
+        WHEN 'pg_rewrite'::regclass THEN (SELECT ev_class FROM pg_rewrite WHERE oid = objid)
+        WHEN 'pg_class'::regclass THEN (SELECT indrelid FROM pg_index WHERE indexrelid = objid)
+        END AS relation
+    FROM pg_depend WHERE refclassid = 'pg_proc'::regclass
+        AND refobjid IN (SELECT oid FROM suspects)),
 reached AS (
-    SELECT f.* FROM functions f, app
-    WHERE (prosecdef OR proleakproof) AND (
-        prorettype <> 'trigger'::regtype AND has_function_privilege(app.oid, f.oid, 'EXECUTE')
+    SELECT s.* FROM suspects s, app
+    WHERE prorettype <> 'trigger'::regtype AND has_function_privilege(app.oid, s.oid, 'EXECUTE')
             AND has_schema_privilege(app.oid, pronamespace, 'USAGE')
-        OR EXISTS (SELECT FROM pg_depend d JOIN parts ON classid = class AND objid = part
-            WHERE refclassid = 'pg_proc'::regclass AND refobjid = f.oid
-                AND (coalesce(pg_partition_root(relation), relation) IN (SELECT oid FROM touched)
-                    OR relation IN (SELECT oid FROM relations WHERE auths))))),
--- Each right that a statement granted, without those that PostgreSQL grants from the beginning.
+        OR s.oid IN (SELECT function FROM calls
+            WHERE coalesce(pg_partition_root(relation), relation) IN (
+                SELECT oid FROM touched UNION ALL SELECT oid FROM relations WHERE auths))),
+-- Each right that somebody granted, without those that PostgreSQL grants from the beginning.
 granted AS (
-    SELECT object, place, grantee, privilege_type AS privilege, is_grantable
+    SELECT object, kind, grantee, privilege_type AS privilege, is_grantable, CASE kind
+        WHEN 'relation' THEN object::regclass::text
+        WHEN 'column' THEN format('%I on %s', (SELECT attname FROM pg_attribute
+            WHERE attrelid = object AND attnum = part), object::regclass)
+        WHEN 'routine' THEN object::regprocedure::text
+        ELSE format('SCHEMA %s', object::regnamespace) END AS place, system
     FROM (
-        SELECT 'pg_class'::regclass::oid, c.oid, 0, relacl, acldefault('r', relowner),
-            c.oid::regclass::text FROM pg_class c WHERE relkind <> 'S'
-        UNION ALL SELECT 'pg_class'::regclass, attrelid, attnum, attacl, '{}',
-            format('%I on %s', attname, attrelid::regclass)
-        FROM pg_attribute WHERE attacl IS NOT NULL
-        UNION ALL SELECT 'pg_proc'::regclass, oid, 0, proacl, acldefault('f', proowner),
-            oid::regprocedure::text FROM pg_proc
-        UNION ALL SELECT 'pg_namespace'::regclass, oid, 0, nspacl, acldefault('n', nspowner),
-            format('SCHEMA %I', nspname) FROM pg_namespace
-        UNION ALL SELECT 'pg_database'::regclass, oid, 0, datacl, acldefault('d', datdba),
-            format('DATABASE %I', datname) FROM pg_database WHERE datname = current_database()
-    ) o (class, object, part, acl, usual, place), aclexplode(acl) a
-    WHERE grantee IN (SELECT oid FROM app UNION ALL SELECT 0) AND NOT EXISTS (
-        SELECT FROM aclexplode(coalesce((SELECT initprivs FROM pg_init_privs
-            WHERE classoid = class AND objoid = object AND objsubid = part), usual)) i
-        WHERE i.grantee = a.grantee AND i.privilege_type = a.privilege_type AND object < 16384)),
+        SELECT 'relation', 'pg_class'::regclass, c.oid, 0, relnamespace, relacl
+        FROM pg_class c WHERE relkind <> 'S'
+        UNION ALL SELECT 'column', 'pg_class'::regclass, attrelid, attnum, relnamespace, attacl
+        FROM pg_attribute JOIN pg_class c ON c.oid = attrelid
+        UNION ALL SELECT 'routine', 'pg_proc'::regclass, oid, 0, pronamespace, proacl
+        FROM pg_proc
+        UNION ALL SELECT 'schema', 'pg_namespace'::regclass, oid, 0, oid, nspacl
+        FROM spaces
+    ) o (kind, class, object, part, space, acl), aclexplode(acl) a,
+        LATERAL (SELECT space = 'pg_catalog'::regnamespace) p (system)
+    WHERE acl IS NOT NULL AND grantee IN (SELECT oid FROM app UNION ALL SELECT 0)
+        AND CASE
+            WHEN NOT system THEN space IN (SELECT oid FROM spaces)
+            -- A routine without rights of its own is PUBLIC's.
+            WHEN kind = 'routine' AND grantee = 0 AND object NOT IN (
+                SELECT objoid FROM pg_init_privs WHERE classoid = 'pg_proc'::regclass) THEN false
+            ELSE (class::oid, object, part, grantee, privilege_type) NOT IN (
+                SELECT classoid, objoid, objsubid, i.grantee, i.privilege_type
+                FROM pg_init_privs, aclexplode(initprivs) i) END),
 found (code, subject, problem, remedy) AS (
 
 -- Roles
@@ -202,17 +215,16 @@ FROM owned WHERE named_by_text IS NOT TRUE
 
 UNION ALL SELECT 'policy-missing', name, 'no policy lets todo_app see a row',
     CASE WHEN ours THEN 'create the policy again as the migration does' ELSE fence END
-FROM stored s WHERE relrowsecurity AND NOT EXISTS (
-    SELECT FROM policies p WHERE polrelid = s.oid AND polpermissive AND bind)
+FROM stored WHERE relrowsecurity
+    AND oid NOT IN (SELECT polrelid FROM policies WHERE polpermissive AND bind)
 
 UNION ALL SELECT 'policy-fence-missing', name,
     'it has no RESTRICTIVE policy FOR ALL that is exactly the rule: a permissive one opens it',
     CASE WHEN ours THEN 'create the policy again as the migration does' ELSE fence END
-FROM owned o WHERE relrowsecurity AND owner IS NOT NULL
-    AND EXISTS (SELECT FROM policies p WHERE polrelid = o.oid AND polpermissive AND bind)
-    AND NOT EXISTS (
-    SELECT FROM policies p WHERE polrelid = o.oid AND NOT polpermissive AND bind AND polcmd = '*'
-        AND qual = rule AND coalesce(checked, rule) = rule)
+FROM owned WHERE relrowsecurity AND owner IS NOT NULL
+    AND oid IN (SELECT polrelid FROM policies WHERE polpermissive AND bind)
+    AND oid NOT IN (SELECT polrelid FROM policies WHERE NOT polpermissive AND bind
+        AND polcmd = '*' AND qual = rule AND coalesce(checked, rule) = rule)
 
 UNION ALL SELECT 'policy-open', policy,
     'it is neither the rule nor the rule AND something else: only the fence keeps other users out',
@@ -243,7 +255,7 @@ UNION ALL SELECT 'foreign-key-crossing', key,
         WHEN to_owned THEN 'owned_reference(…) in the class: FOREIGN KEY (user_id, …) REFERENCES '
             || target || ' (user_id, …)'
         ELSE format('op.share%s if every user may read it; or leave the foreign key out', named) END
-FROM keys k WHERE NOT carries AND to_shared IS NOT TRUE AND NOT EXISTS (
+FROM keys k WHERE NOT carries AND NOT to_shared AND NOT EXISTS (
     SELECT FROM unwritten u WHERE u.oid = conrelid AND attnum = ANY (conkey))
 
 UNION ALL SELECT 'foreign-key-weak', key,
@@ -260,10 +272,8 @@ UNION ALL SELECT 'foreign-key-missing', name,
     'its rows outlive their user, and belong to whoever gets the same id next',
     format('ALTER TABLE %s ADD FOREIGN KEY (user_id) REFERENCES public.users ON DELETE CASCADE',
         name)
-FROM owned o WHERE NOT of_users AND named_by_text AND NOT EXISTS (
-    SELECT FROM keys k WHERE conrelid = o.oid AND carries AND (to_users OR confdeltype = 'c'
-        AND NOT EXISTS (SELECT FROM pg_attribute
-            WHERE attrelid = conrelid AND attnum = ANY (conkey) AND NOT attnotnull)))
+FROM owned WHERE NOT of_users AND named_by_text AND oid NOT IN (
+    SELECT conrelid FROM keys WHERE carries AND (to_users OR confdeltype = 'c' AND NOT nullable))
 
 UNION ALL SELECT 'unique-crossing', format('%s on %s', i.relname, o.name),
     'it holds for all users together: an error tells a user which values others have',
@@ -354,7 +364,7 @@ FROM granted WHERE is_grantable
 UNION ALL SELECT DISTINCT 'grant-system', place,
     'it is an object of PostgreSQL that todo_app may use only since somebody granted it',
     'REVOKE ALL ON it FROM PUBLIC, todo_app'
-FROM granted WHERE object < 16384 AND place !~ '^(SCHEMA|DATABASE) '
+FROM granted WHERE system
 
 UNION ALL SELECT 'grant-parameter', parname::text,
     'todo_app or the login may set it, as otherwise only a superuser may',
