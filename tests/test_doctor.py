@@ -201,7 +201,8 @@ PLANTS = (
     Weakness(
         "function-definer",
         "other.find_credential(text,text)",
-        """CREATE SCHEMA other; CREATE FUNCTION other.find_credential(text, text) RETURNS bigint
+        """CREATE SCHEMA other; GRANT USAGE ON SCHEMA other TO todo_app;
+        CREATE FUNCTION other.find_credential(text, text) RETURNS bigint
         LANGUAGE sql SECURITY DEFINER RETURN (SELECT count(*) FROM accounts)""",
     ),
     Weakness(
@@ -470,12 +471,14 @@ MISTAKES = (
     Weakness(
         "owner-column",
         "public.rates",
-        f"""CREATE COLLATION loose (provider = icu, locale = 'und', deterministic = false);
+        f"""CREATE COLLATION loose (locale = 'C');
+        UPDATE pg_collation SET collisdeterministic = false WHERE collname = 'loose';
         CREATE TABLE rates (user_id text COLLATE loose NOT NULL);
         ALTER TABLE rates ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
         CREATE POLICY own ON rates TO todo_app USING ({MINE});
         CREATE POLICY fence ON rates AS RESTRICTIVE TO todo_app USING ({MINE});
-        GRANT SELECT ON rates TO todo_app""",
+        ALTER TABLE rates OWNER TO todo_owner; GRANT SELECT ON rates TO todo_app""",
+        "DROP TABLE rates",
     ),
     Weakness("policy-missing", "public.labels", "DROP POLICY own ON labels"),
     Weakness(
@@ -654,7 +657,11 @@ MISTAKES = (
     Weakness(
         "view-owner-rights", "public.my_labels", "ALTER VIEW my_labels RESET (security_invoker)"
     ),
-    Weakness("view-owner-rights", "public.counts", "GRANT SELECT ON counts TO todo_app"),
+    Weakness(
+        "function-definer",
+        "public.count_all()",
+        "ALTER VIEW counts SET (security_invoker); GRANT SELECT ON counts TO todo_app",
+    ),
     Weakness(
         "function-definer",
         "public.count_all()",

@@ -32,10 +32,12 @@ touched AS (
         AND (has_table_privilege(app.oid, r.oid, 'SELECT, DELETE, TRUNCATE, TRIGGER')
             OR has_any_column_privilege(app.oid, r.oid, 'SELECT, INSERT, UPDATE, REFERENCES'))),
 policies AS (
-    SELECT p.*, format('%I on %s', polname, name) AS policy, name, rule,
-        pg_get_expr(polqual, polrelid) AS qual, pg_get_expr(polwithcheck, polrelid) AS checked,
+    SELECT p.*, format('%I on %s', polname, name) AS policy, rule, qual, CASE
+            WHEN polwithcheck::text = polqual::text THEN qual
+            ELSE pg_get_expr(polwithcheck, polrelid) END AS checked,
         polroles && ARRAY[app.oid, 0::oid] AS bind
-    FROM pg_policy p JOIN touched t ON t.oid = polrelid, app,
+    FROM touched t JOIN pg_policy p ON polrelid = t.oid, app,
+        LATERAL (SELECT pg_get_expr(polqual, polrelid) OFFSET 0) q (qual),
         concat('(', CASE name WHEN 'public.users' THEN 'id ' ELSE 'user_id ' END, $2::text) rule),
 stored AS (
     SELECT t.*, NOT ours AND oid IN (SELECT polrelid FROM policies WHERE bind AND polpermissive
@@ -66,15 +68,14 @@ columns AS (
         has_column_privilege(app.oid, o.oid, a.attnum, 'UPDATE') AS updated
     FROM owned o JOIN pg_attribute a ON attrelid = o.oid AND a.attnum > 0 AND NOT attisdropped,
         app),
--- Only a column that a user may write lets that user try values.
-unwritten AS (SELECT oid, attnum FROM columns WHERE NOT inserted AND NOT updated),
+-- Only a column that a user may write lets that user try values. A numbered one has a rule of its own.
+unwritten AS (SELECT oid, attnum FROM columns WHERE numbered OR NOT inserted AND NOT updated),
 keys AS (
     SELECT k.*, format('%I on %s', conname, o.name) AS key, o.name, owner,
         r.name = 'public.users' AS to_users, r.name AS target, r.named,
         confrelid IN (SELECT oid FROM stored WHERE shared) AS to_shared,
         theirs.attnum IS NOT NULL AS to_owned,
-        EXISTS (SELECT FROM unnest(conkey, confkey) u(a, b)
-            WHERE a = owner AND b = theirs.attnum) AS carries,
+        confkey[array_position(conkey, owner)] = theirs.attnum IS TRUE AS carries,
         EXISTS (SELECT FROM pg_attribute WHERE attrelid = conrelid AND attnum = ANY (conkey)
             AND NOT attnotnull) AS nullable
     FROM owned o JOIN pg_constraint k ON conrelid = o.oid AND contype = 'f' AND conparentid = 0
@@ -108,32 +109,29 @@ reached AS (
                 SELECT oid FROM touched UNION ALL SELECT oid FROM relations WHERE auths))),
 -- Each right that somebody granted, without those that PostgreSQL grants from the beginning.
 granted AS (
-    SELECT object, kind, grantee, privilege_type AS privilege, is_grantable, CASE kind
-        WHEN 'relation' THEN object::regclass::text
-        WHEN 'column' THEN format('%I on %s', (SELECT attname FROM pg_attribute
-            WHERE attrelid = object AND attnum = part), object::regclass)
-        WHEN 'routine' THEN object::regprocedure::text
-        ELSE format('SCHEMA %s', object::regnamespace) END AS place, system
-    FROM (
-        SELECT 'relation', 'pg_class'::regclass, c.oid, 0, relnamespace, relacl
-        FROM pg_class c WHERE relkind <> 'S'
+    SELECT kind, object, (a).grantee, (a).privilege_type AS privilege, (a).is_grantable, system,
+        CASE kind WHEN 'relation' THEN object::regclass::text
+            WHEN 'column' THEN format('%I on %s', (SELECT attname FROM pg_attribute
+                WHERE attrelid = object AND attnum = part), object::regclass)
+            WHEN 'routine' THEN object::regprocedure::text
+            ELSE format('SCHEMA %s', object::regnamespace) END AS place
+    FROM (SELECT o.*, space = 'pg_catalog'::regnamespace AS system, aclexplode(acl) AS a FROM (
+        SELECT 'relation', 'pg_class'::regclass, oid, 0, relnamespace, relacl
+        FROM pg_class WHERE relkind <> 'S'
         UNION ALL SELECT 'column', 'pg_class'::regclass, attrelid, attnum, relnamespace, attacl
         FROM pg_attribute JOIN pg_class c ON c.oid = attrelid
-        UNION ALL SELECT 'routine', 'pg_proc'::regclass, oid, 0, pronamespace, proacl
-        FROM pg_proc
-        UNION ALL SELECT 'schema', 'pg_namespace'::regclass, oid, 0, oid, nspacl
-        FROM spaces
-    ) o (kind, class, object, part, space, acl), aclexplode(acl) a,
-        LATERAL (SELECT space = 'pg_catalog'::regnamespace) p (system)
-    WHERE acl IS NOT NULL AND grantee IN (SELECT oid FROM app UNION ALL SELECT 0)
-        AND CASE
-            WHEN NOT system THEN space IN (SELECT oid FROM spaces)
-            -- A routine without rights of its own is PUBLIC's.
-            WHEN kind = 'routine' AND grantee = 0 AND object NOT IN (
-                SELECT objoid FROM pg_init_privs WHERE classoid = 'pg_proc'::regclass) THEN false
-            ELSE (class::oid, object, part, grantee, privilege_type) NOT IN (
-                SELECT classoid, objoid, objsubid, i.grantee, i.privilege_type
-                FROM pg_init_privs, aclexplode(initprivs) i) END),
+        UNION ALL SELECT 'routine', 'pg_proc'::regclass, oid, 0, pronamespace, proacl FROM pg_proc
+        UNION ALL SELECT 'schema', 'pg_namespace'::regclass, oid, 0, oid, nspacl FROM spaces
+    ) o (kind, class, object, part, space, acl) WHERE acl IS NOT NULL) e
+    WHERE (system OR (a).grantee = 0 OR (a).is_grantable OR (a).privilege_type = 'MAINTAIN')
+        AND (a).grantee IN (SELECT oid FROM app UNION ALL SELECT 0) AND CASE
+        WHEN NOT system THEN space IN (SELECT oid FROM spaces)
+        -- A routine without rights of its own is PUBLIC's.
+        WHEN kind = 'routine' AND (a).grantee = 0 AND object NOT IN (
+            SELECT objoid FROM pg_init_privs WHERE classoid = 'pg_proc'::regclass) THEN false
+        ELSE (class::oid, object, part, (a).grantee, (a).privilege_type) NOT IN (
+            SELECT classoid, objoid, objsubid, i.grantee, i.privilege_type
+            FROM pg_init_privs, aclexplode(initprivs) i) END),
 found (code, subject, problem, remedy) AS (
 
 -- Roles
@@ -280,7 +278,8 @@ UNION ALL SELECT 'unique-crossing', format('%s on %s', i.relname, o.name),
     'put user_id into the key: UNIQUE (user_id, …), compared by ='
 FROM owned o JOIN pg_index ON indrelid = o.oid AND (indisunique OR indisexclusion)
     JOIN pg_class i ON i.oid = indexrelid
-    LEFT JOIN pg_constraint k ON conindid = indexrelid AND conrelid = indrelid AND contype = 'x'
+    LEFT JOIN pg_constraint k ON conindid = indexrelid AND conrelid = indrelid
+        AND conexclop IS NOT NULL
     CROSS JOIN LATERAL (SELECT (indkey::int2[])[0:indnkeyatts - 1]) c (key)
 WHERE NOT of_users AND named_by_text AND NOT EXISTS (
         SELECT FROM unwritten u WHERE u.oid = o.oid AND attnum = ANY (key))
