@@ -204,9 +204,7 @@ class TestUpgrade:
         await downgrade(empty, "base")
         after = await read(empty)
         # Roles belong to the cluster, where other databases may use them.
-        assert after.pop("role") == EXPECTED["role"]
-        assert before.pop("role") == set()
-        assert after == before
+        assert after == before | {line for line in EXPECTED if line.startswith("todo_app: ")}
         await upgrade(empty)
         assert await read(empty) == EXPECTED
 

@@ -58,12 +58,13 @@ UNION ALL SELECT name, concat_ws(' ', lower(permissive), 'policy', quote_ident(p
     'TO', array_to_string(roles, ', '), 'USING', qual, 'WITH CHECK', with_check)
 FROM pg_policies JOIN relations ON format('%I.%I', schemaname, tablename) = name
 
--- PostgreSQL's own grants to PUBLIC may be absent: on a schema and on a trigger function.
+-- With PostgreSQL's own grants to PUBLIC.
 UNION ALL SELECT name, format('grant %s%s to %s%s', privilege_type, ' ' || part,
     CASE grantee WHEN 0 THEN 'PUBLIC' ELSE grantee::regrole::text END,
     CASE WHEN is_grantable THEN ' with grant option' END)
 FROM (
-    SELECT 'DATABASE', NULL, datdba, datacl FROM pg_database WHERE datname = current_database()
+    SELECT 'DATABASE', NULL, datdba, coalesce(datacl, acldefault('d', datdba))
+    FROM pg_database WHERE datname = current_database()
     UNION ALL SELECT format('SCHEMA %I', nspname), NULL, nspowner, nspacl FROM spaces
     UNION ALL SELECT name, NULL, relowner, relacl FROM relations
     UNION ALL SELECT name, format('(%I)', attname), relowner, attacl
@@ -73,10 +74,6 @@ FROM (
 ) granted (name, part, owner, acl), aclexplode(acl)
 WHERE grantee <> owner AND grantee IN (
         SELECT 0 UNION ALL SELECT oid FROM pg_roles WHERE rolname IN ('todo_app', 'todo_auth'))
-    AND NOT (grantee = 0 AND (name ^@ 'SCHEMA ' AND privilege_type = 'USAGE'
-        OR name IN (SELECT name FROM functions WHERE prorettype = 'trigger'::regtype)))
-    -- The rules judge the others: the name of the database is not known.
-    AND NOT (name = 'DATABASE' AND grantee::regrole::text <> 'todo_auth')
 
 UNION ALL SELECT rolname, concat_ws(' ', 'role',
     CASE WHEN rolsuper THEN 'SUPERUSER' ELSE 'NOSUPERUSER' END,
@@ -91,4 +88,4 @@ UNION ALL SELECT rolname, 'member of ' || roleid::regrole
 FROM pg_auth_members JOIN pg_roles r ON r.oid = member WHERE rolname = 'todo_auth'
 )
 SELECT DISTINCT object, line FROM lines
-WHERE $1::text[] IS NULL OR object = ANY ($1) OR object IN ('DATABASE', 'todo_auth')
+WHERE $1::text[] IS NULL OR object = ANY ($1) OR object = 'todo_auth'
