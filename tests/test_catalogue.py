@@ -254,6 +254,7 @@ class TestDifferences:
             # The rules judge these too
             f"GRANT TEMPORARY ON DATABASE {DATABASE} TO todo_app",
             # Objects of the owner
+            "CREATE ROLE reporter; CREATE POLICY extra ON tasks TO reporter USING (true)",
             "CREATE INDEX extra ON tasks (title)",
             "ALTER TABLE tasks SET (fillfactor = 50)",
             "ALTER TABLE tasks ENABLE ALWAYS TRIGGER update_tasks_updated_at",

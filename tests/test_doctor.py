@@ -704,6 +704,39 @@ MISTAKES = (
     ),
     Weakness("trigger-disabled", "public.labels", "ALTER TABLE labels DISABLE TRIGGER touch"),
     Weakness("trigger-missing", "public.labels", "DROP TRIGGER touch ON labels"),
+    *(
+        Weakness(
+            "trigger-missing",
+            "public.labels",
+            f"DROP TRIGGER touch ON labels; CREATE TRIGGER touch {when}",
+        )
+        for when in (
+            "AFTER UPDATE ON labels FOR EACH ROW EXECUTE FUNCTION set_updated_at()",
+            "BEFORE UPDATE OF name ON labels FOR EACH ROW EXECUTE FUNCTION set_updated_at()",
+            "BEFORE UPDATE ON labels FOR EACH ROW EXECUTE FUNCTION keep()",
+        )
+    ),
+    Weakness(
+        "function-definer",
+        "public.keep()",
+        """CREATE TABLE more_labels () INHERITS (labels); ALTER FUNCTION keep() SECURITY DEFINER;
+        DROP TRIGGER keep ON labels;
+        CREATE TRIGGER keep AFTER UPDATE ON more_labels FOR EACH ROW EXECUTE FUNCTION keep()""",
+    ),
+    Weakness(
+        "function-definer",
+        "public.is_fine(text)",
+        """CREATE FUNCTION is_fine(text) RETURNS boolean LANGUAGE sql IMMUTABLE SECURITY DEFINER
+            RETURN true;
+        REVOKE ALL ON FUNCTION is_fine FROM PUBLIC;
+        CREATE DOMAIN fine AS text CHECK (is_fine(VALUE)); ALTER TABLE labels ADD more fine""",
+    ),
+    Weakness(
+        "column-required",
+        "priority on public.tasks",
+        """CREATE DOMAIN needed AS int NOT NULL; ALTER TABLE tasks DROP priority;
+        ALTER TABLE tasks ADD priority needed""",
+    ),
     Weakness(
         "sequence-unusable",
         "public.labels_serial_seq",
@@ -1149,7 +1182,11 @@ class TestOwnTables:
             GRANT SELECT, INSERT ON notes TO todo_app"""
         async with with_weakness(own_place, Weakness("", "", plant)):
             assert await found(own_place) == set()
-        spy = """CREATE TRIGGER spy AFTER INSERT ON notes_0 FOR EACH ROW EXECUTE FUNCTION keep();
+        granted = "GRANT SELECT ON notes_0 TO todo_app"
+        async with with_weakness(own_place, Weakness("", "", granted)):
+            assert await found(own_place) == {("rls-disabled", "public.notes_0")}
+        spy = """REVOKE ALL ON notes_0 FROM todo_app;
+            CREATE TRIGGER spy AFTER INSERT ON notes_0 FOR EACH ROW EXECUTE FUNCTION keep();
             ALTER FUNCTION keep() SECURITY DEFINER"""
         async with with_weakness(own_place, Weakness("", "", spy)):
             assert await found(own_place) == {("function-definer", "public.keep()")}

@@ -55,7 +55,7 @@ UNION ALL SELECT name, concat_ws(' ', 'function',
 FROM functions WHERE prokind IN ('f', 'p')
 
 UNION ALL SELECT name, concat_ws(' ', lower(permissive), 'policy', quote_ident(policyname), cmd,
-    'TO', array_to_string(roles, ', '), 'USING', qual, 'WITH CHECK', with_check)
+    'TO', array_to_string(roles, ', '), 'USING ' || qual, 'WITH CHECK ' || with_check)
 FROM pg_policies JOIN relations ON format('%I.%I', schemaname, tablename) = name
 
 -- With PostgreSQL's own grants to PUBLIC.

@@ -2,7 +2,7 @@
 -- the subject, the problem and the remedy of its findings; a subject is an object, or "a part of it
 -- on a table". $1 has the columns of our tables, such as 'public.tasks.id'; $2 is the
 -- rule of every fence as PostgreSQL prints it, behind the bracket and the name of the column.
-WITH role AS (SELECT * FROM pg_roles WHERE rolname = 'todo_app'),
+WITH RECURSIVE role AS (SELECT * FROM pg_roles WHERE rolname = 'todo_app'),
 -- A superuser has every right, and so has an owner on its table: each is reported once, and not
 -- again for every right that it implies.
 app AS (SELECT oid FROM role WHERE NOT rolsuper),
@@ -31,6 +31,10 @@ touched AS (
     WHERE relkind <> 'S' AND NOT pg_has_role(app.oid, relowner, 'MEMBER')
         AND (has_table_privilege(app.oid, r.oid, 'SELECT, DELETE, TRUNCATE, TRIGGER')
             OR has_any_column_privilege(app.oid, r.oid, 'SELECT, INSERT, UPDATE, REFERENCES'))),
+-- And the partitions and children of it.
+family AS (
+    SELECT oid FROM touched
+    UNION SELECT inhrelid FROM pg_inherits JOIN family ON inhparent = oid),
 policies AS (
     SELECT p.*, format('%I on %s', polname, name) AS policy, rule, qual, CASE
             WHEN polwithcheck::text = polqual::text THEN qual
@@ -63,11 +67,11 @@ owned AS (
 columns AS (
     SELECT o.oid, o.name, ours, a.attnum, a.attname, attidentity <> '' AS numbered,
         a.attnum = owner OR a.attnum = ANY (primary_key) AS fixed,
-        attnotnull AND NOT atthasdef AND attidentity = '' AS required,
+        (attnotnull OR typnotnull) AND NOT atthasdef AND attidentity = '' AS required,
         has_column_privilege(app.oid, o.oid, a.attnum, 'INSERT') AS inserted,
         has_column_privilege(app.oid, o.oid, a.attnum, 'UPDATE') AS updated
-    FROM owned o JOIN pg_attribute a ON attrelid = o.oid AND a.attnum > 0 AND NOT attisdropped,
-        app),
+    FROM owned o JOIN pg_attribute a ON attrelid = o.oid AND a.attnum > 0 AND NOT attisdropped
+        JOIN pg_type t ON t.oid = a.atttypid, app),
 -- Only a column that a user may write lets that user try values. A numbered one has a rule of its own.
 unwritten AS (SELECT oid, attnum FROM columns WHERE numbered OR NOT inserted AND NOT updated),
 keys AS (
@@ -78,7 +82,10 @@ keys AS (
         confkey[array_position(conkey, owner)] = theirs.attnum IS TRUE AS carries,
         EXISTS (SELECT FROM pg_attribute WHERE attrelid = conrelid AND attnum = ANY (conkey)
             AND NOT attnotnull) AS nullable
-    FROM owned o JOIN pg_constraint k ON conrelid = o.oid AND contype = 'f' AND conparentid = 0
+    FROM owned o JOIN pg_constraint k ON conrelid = o.oid AND contype = 'f'
+        -- A key to a partitioned table has copies for its partitions.
+        AND NOT EXISTS (SELECT FROM pg_constraint c
+            WHERE c.oid = k.conparentid AND c.conrelid = k.conrelid)
         JOIN relations r ON r.oid = confrelid
         LEFT JOIN pg_attribute theirs ON theirs.attrelid = confrelid AND theirs.attname =
             CASE r.name WHEN 'public.users' THEN 'id' ELSE 'user_id' END
@@ -105,8 +112,9 @@ reached AS (
     WHERE prorettype <> 'trigger'::regtype AND has_function_privilege(app.oid, s.oid, 'EXECUTE')
             AND has_schema_privilege(app.oid, pronamespace, 'USAGE')
         OR s.oid IN (SELECT function FROM calls
-            WHERE coalesce(pg_partition_root(relation), relation) IN (
-                SELECT oid FROM touched UNION ALL SELECT oid FROM relations WHERE auths))),
+            -- A check of a domain is of no table.
+            WHERE relation = 0 OR relation IN (
+                SELECT oid FROM family UNION ALL SELECT oid FROM relations WHERE auths))),
 -- Each right that somebody granted, without those that PostgreSQL grants from the beginning.
 granted AS (
     SELECT kind, object, (a).grantee, (a).privilege_type AS privilege, (a).is_grantable, system,
@@ -270,7 +278,7 @@ UNION ALL SELECT 'foreign-key-missing', name,
     'its rows outlive their user, and belong to whoever gets the same id next',
     format('ALTER TABLE %s ADD FOREIGN KEY (user_id) REFERENCES public.users ON DELETE CASCADE',
         name)
-FROM owned WHERE NOT of_users AND named_by_text AND oid NOT IN (
+FROM owned WHERE NOT of_users AND named_by_text AND relkind <> 'f' AND oid NOT IN (
     SELECT conrelid FROM keys WHERE carries AND (to_users OR confdeltype = 'c' AND NOT nullable))
 
 UNION ALL SELECT 'unique-crossing', format('%s on %s', i.relname, o.name),
@@ -433,7 +441,10 @@ UNION ALL SELECT 'trigger-missing', name, 'nothing moves its updated_at: a stale
 FROM owned o, app WHERE has_any_column_privilege(app.oid, o.oid, 'UPDATE')
     AND EXISTS (SELECT FROM columns c WHERE c.oid = o.oid AND c.attname = 'updated_at'
         AND NOT updated)
-    AND NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = o.oid AND tgtype & 19 = 19)
+    -- Before each row of every UPDATE, by a function that writes or is given the name.
+    AND NOT EXISTS (SELECT FROM pg_trigger JOIN pg_proc f ON f.oid = tgfoid
+        WHERE tgrelid = o.oid AND tgtype & 19 = 19 AND tgattr::text = ''
+            AND concat(prosrc, encode(tgargs, 'escape')) ~ 'updated_at')
 
 UNION ALL SELECT DISTINCT 'trigger-disabled', name,
     'a trigger of it is disabled: updated_at or a foreign key is not kept',
