@@ -91,7 +91,7 @@ _MORE = """
 
 async def create_tables(owner: Connection) -> None:
     """Create them all, with what an application adds besides."""
-    dialect = postgresql.dialect()
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     quote = dialect.identifier_preparer.quote
     await owner.execute("CREATE SCHEMA app")
     for table in Base.metadata.sorted_tables:

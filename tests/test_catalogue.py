@@ -9,7 +9,7 @@ from catalogue import read
 from driver import Connection
 
 from todo_db.doctor.catalogue import EXPECTED, OBJECTS, Catalogue, differences
-from todo_db.embedded import LOGIN, EmbeddedPostgres
+from todo_db.embedded import EmbeddedPostgres
 from todo_db.migrations import upgrade
 
 DATABASE = "todo_catalogue"

@@ -523,8 +523,8 @@ MISTAKES = (
             "AS RESTRICTIVE TO todo_app USING (name <> '')",
             f"AS RESTRICTIVE TO todo_auth USING ({MINE})",
             f"TO todo_app USING ({MINE})",
-            "AS RESTRICTIVE TO todo_app USING (user_id ="
-            " (SELECT current_setting('todo_db.user_id', true)))",
+            """AS RESTRICTIVE TO todo_app
+            USING (user_id = (SELECT current_setting('todo_db.user_id', true)))""",
         )
     ),
     *(

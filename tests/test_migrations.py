@@ -448,9 +448,10 @@ class TestModels:
         await execute(empty, ALEMBIC_TABLE)
         migrated = await cluster.create_database("migrated")
         await upgrade(migrated)
-        modelled, expected = await read(empty), await read(migrated)
-        for section in ("schemas", "columns", "sequences", "constraints", "indexes"):
-            assert modelled[section] == expected[section]
+        kinds = re.compile(": (column|constraint|index|values) ")
+        modelled = {line for line in await read(empty) if kinds.search(line)}
+        expected = {line for line in await read(migrated) if kinds.search(line)}
+        assert modelled == expected
 
 
 class TestCommandLine:

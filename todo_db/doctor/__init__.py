@@ -56,18 +56,24 @@ FURTHER: Final = {
     ),
     "server-old": ("it is older than PostgreSQL 15, so nothing else was looked at", "upgrade it"),
     "statements-untracked": (
-        "it does not track prepared statements (or pools by session), so todo_db turns them off:"
-        " each call costs one round trip more",
-        "set max_prepared_statements of PgBouncer above 0 (1.21 or later), or"
-        " TODO_DB_PREPARED_STATEMENTS=false; =true if it pools by session",
+        (
+            "it does not track prepared statements (or pools by session), so todo_db turns them"
+            " off: each call costs one round trip more"
+        ),
+        (
+            "set max_prepared_statements of PgBouncer above 0 (1.21 or later), or"
+            " TODO_DB_PREPARED_STATEMENTS=false; =true if it pools by session"
+        ),
     ),
     "tls-missing": (
         "the server is another machine, and everything goes to it in clear text",
         "use the server's TLS: add sslmode=verify-full to the URL",
     ),
     "tls-unverified": (
-        "it is encrypted, but another machine could pose as the server: certificate or name are"
-        " not checked",
+        (
+            "it is encrypted, but another machine could pose as the server: certificate or name are"
+            " not checked"
+        ),
         "add sslmode=verify-full to the URL",
     ),
 }
@@ -168,10 +174,13 @@ async def _ask(pool: Pool, connection: PooledConnection, settings: Settings) -> 
             found.append(_further("server-old", "the server"))
         else:
             found += [Finding(*row) for row in await driver.fetch(RULES, _OURS, PRINTED_RULE)]
-            if is_pooled and settings.prepared_statements is None:
+            if (
+                is_pooled
+                and settings.prepared_statements is None
                 # A pooler that tracks prepared statements gives them names of its own.
-                if await driver.fetchval(_OWN_NAMES, driver.statement_prefix):
-                    found.append(_further("statements-untracked", "the pooler"))
+                and await driver.fetchval(_OWN_NAMES, driver.statement_prefix)
+            ):
+                found.append(_further("statements-untracked", "the pooler"))
             if not {finding.code for finding in found} & _UNKNOWN:
                 revision = await _compare(connection, found)
     return Report(

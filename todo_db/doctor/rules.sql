@@ -67,13 +67,9 @@ owned AS (
 columns AS (
     SELECT o.oid, o.name, ours, a.attnum, a.attname, attidentity <> '' AS numbered,
         a.attnum = owner OR a.attnum = ANY (primary_key) AS fixed,
-        (attnotnull OR typnotnull) AND NOT atthasdef AND attidentity = '' AS required,
-        has_column_privilege(app.oid, o.oid, a.attnum, 'INSERT') AS inserted,
-        has_column_privilege(app.oid, o.oid, a.attnum, 'UPDATE') AS updated
+        (attnotnull OR typnotnull) AND NOT atthasdef AND attidentity = '' AS required
     FROM owned o JOIN pg_attribute a ON attrelid = o.oid AND a.attnum > 0 AND NOT attisdropped
-        JOIN pg_type t ON t.oid = a.atttypid, app),
--- Only a column that a user may write lets that user try values. A numbered one has a rule of its own.
-unwritten AS (SELECT oid, attnum FROM columns WHERE numbered OR NOT inserted AND NOT updated),
+        JOIN pg_type t ON t.oid = a.atttypid),
 keys AS (
     SELECT k.*, format('%I on %s', conname, o.name) AS key, o.name, owner,
         r.name = 'public.users' AS to_users, r.name AS target, r.named,
@@ -90,6 +86,15 @@ keys AS (
         LEFT JOIN pg_attribute theirs ON theirs.attrelid = confrelid AND theirs.attname =
             CASE r.name WHEN 'public.users' THEN 'id' ELSE 'user_id' END
     WHERE named_by_text),
+-- Those that do not hold for each user apart.
+uniques AS MATERIALIZED (
+    SELECT indexrelid, indrelid, name, key
+    FROM owned o JOIN pg_index ON indrelid = o.oid AND (indisunique OR indisexclusion),
+        LATERAL (SELECT (indkey::int2[])[0:indnkeyatts - 1]) c (key)
+    WHERE NOT of_users AND named_by_text AND NOT (owner = ANY (key)
+        AND (NOT indisexclusion OR EXISTS (SELECT FROM pg_constraint k JOIN pg_operator e
+            ON e.oid = conexclop[array_position(key, owner)]
+            WHERE conindid = indexrelid AND conrelid = indrelid AND oprname = '=')))),
 functions AS (
     SELECT p.*, p.oid::regprocedure::text AS name FROM pg_proc p JOIN spaces n ON n.oid = pronamespace
     WHERE NOT EXISTS (SELECT FROM pg_depend
@@ -261,8 +266,10 @@ UNION ALL SELECT 'foreign-key-crossing', key,
         WHEN to_owned THEN 'owned_reference(…) in the class: FOREIGN KEY (user_id, …) REFERENCES '
             || target || ' (user_id, …)'
         ELSE format('op.share%s if every user may read it; or leave the foreign key out', named) END
-FROM keys k WHERE NOT carries AND NOT to_shared AND NOT EXISTS (
-    SELECT FROM unwritten u WHERE u.oid = conrelid AND attnum = ANY (conkey))
+FROM keys WHERE NOT carries AND NOT to_shared AND NOT EXISTS (
+    -- Only columns that a user may write let that user try values.
+    SELECT FROM pg_attribute, app WHERE attrelid = conrelid AND attnum = ANY (conkey)
+        AND NOT has_column_privilege(app.oid, conrelid, attnum, 'INSERT, UPDATE'))
 
 UNION ALL SELECT 'foreign-key-weak', key,
     CASE WHEN NOT convalidated THEN 'it is not validated: rows from before may break it'
@@ -281,18 +288,13 @@ UNION ALL SELECT 'foreign-key-missing', name,
 FROM owned WHERE NOT of_users AND named_by_text AND relkind <> 'f' AND oid NOT IN (
     SELECT conrelid FROM keys WHERE carries AND (to_users OR confdeltype = 'c' AND NOT nullable))
 
-UNION ALL SELECT 'unique-crossing', format('%s on %s', i.relname, o.name),
+UNION ALL SELECT 'unique-crossing', format('%s on %s', relname, name),
     'it holds for all users together: an error tells a user which values others have',
     'put user_id into the key: UNIQUE (user_id, …), compared by ='
-FROM owned o JOIN pg_index ON indrelid = o.oid AND (indisunique OR indisexclusion)
-    JOIN pg_class i ON i.oid = indexrelid
-    LEFT JOIN pg_constraint k ON conindid = indexrelid AND conrelid = indrelid
-        AND conexclop IS NOT NULL
-    CROSS JOIN LATERAL (SELECT (indkey::int2[])[0:indnkeyatts - 1]) c (key)
-WHERE NOT of_users AND named_by_text AND NOT EXISTS (
-        SELECT FROM unwritten u WHERE u.oid = o.oid AND attnum = ANY (key))
-    AND NOT (owner = ANY (key) AND (conexclop IS NULL OR EXISTS (SELECT FROM pg_operator e
-        WHERE e.oid = conexclop[array_position(key, owner)] AND oprname = '=')))
+FROM uniques JOIN pg_class i ON i.oid = indexrelid, app
+-- A grant on an identity is found below.
+WHERE NOT EXISTS (SELECT FROM pg_attribute a WHERE attrelid = indrelid AND attnum = ANY (key)
+    AND (attidentity <> '' OR NOT has_column_privilege(app.oid, indrelid, attnum, 'INSERT, UPDATE')))
 
 -- Objects that change whose rights apply
 UNION ALL SELECT 'function-definer', name,
@@ -339,9 +341,8 @@ UNION ALL SELECT 'grant-column', format('%s (%I) on %s', way, attname, name),
         ' its migration again', way)
         ELSE format('leave it out of the columns of op.fence; REVOKE %s (%I) ON %s FROM todo_app',
             way, attname, name) END
-FROM columns, LATERAL (VALUES
-    ('INSERT', inserted AND numbered), ('UPDATE', updated AND (fixed OR numbered))) w (way, wrong)
-WHERE wrong
+FROM columns c, app, (VALUES ('INSERT'), ('UPDATE')) w (way)
+WHERE (numbered OR fixed AND way = 'UPDATE') AND has_column_privilege(app.oid, c.oid, attnum, way)
 
 UNION ALL SELECT 'grant-table', name,
     'todo_app may TRUNCATE it, refer to it, maintain it or put triggers on it, which no policy stops',
@@ -439,12 +440,11 @@ UNION ALL SELECT 'trigger-missing', name, 'nothing moves its updated_at: a stale
     CASE WHEN ours THEN 'create the trigger again as the migration does'
         ELSE 'touch=True in its op.fence, in a migration' END
 FROM owned o, app WHERE has_any_column_privilege(app.oid, o.oid, 'UPDATE')
-    AND EXISTS (SELECT FROM columns c WHERE c.oid = o.oid AND c.attname = 'updated_at'
-        AND NOT updated)
+    AND o.oid IN (SELECT c.oid FROM columns c WHERE c.attname = 'updated_at'
+        AND NOT has_column_privilege(app.oid, c.oid, attnum, 'UPDATE'))
     -- Before each row of every UPDATE, by a function that writes or is given the name.
-    AND NOT EXISTS (SELECT FROM pg_trigger JOIN pg_proc f ON f.oid = tgfoid
-        WHERE tgrelid = o.oid AND tgtype & 19 = 19 AND tgattr::text = ''
-            AND concat(prosrc, encode(tgargs, 'escape')) ~ 'updated_at')
+    AND o.oid NOT IN (SELECT tgrelid FROM pg_trigger JOIN pg_proc f ON f.oid = tgfoid
+        WHERE tgtype & 19 = 19 AND tgattr::text = '' AND concat(prosrc, encode(tgargs, 'escape')) ~ 'updated_at')
 
 UNION ALL SELECT DISTINCT 'trigger-disabled', name,
     'a trigger of it is disabled: updated_at or a foreign key is not kept',
