@@ -1209,6 +1209,28 @@ class TestOwnTables:
                     async with copied(server, OWN_TEMPLATE), with_weakness(server, plant):
                         assert await found(server) == {(plant.code, plant.subject)}, plant
 
+    @pytest.mark.matrix
+    async def test_exclusion_must_compare_users_by_equality(
+        self,
+        todo_postgres: EmbeddedPostgres,  # noqa: ARG002  # as for `cluster`
+    ) -> None:
+        # The wheel has no btree_gist.
+        with Cluster(15) as server:
+            await upgrade(await server.create_database(TEMPLATE))
+            await server.execute(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app")
+            await add_own_tables(server, TEMPLATE)
+            for operator, findings in (
+                ("=", set()),
+                ("<>", {("unique-crossing", "apart on public.labels")}),
+            ):
+                plant = f"""CREATE EXTENSION btree_gist; ALTER TABLE labels ADD CONSTRAINT apart
+                    EXCLUDE USING gist (user_id WITH {operator}, name WITH =)"""
+                async with (
+                    copied(server, OWN_TEMPLATE),
+                    with_weakness(server, Weakness("", "", plant)),
+                ):
+                    assert await found(server) == findings
+
 
 class TestReport:
     async def test_has_what_was_examined(self, place: Cluster) -> None:
