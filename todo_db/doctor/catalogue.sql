@@ -2,12 +2,14 @@
 -- $1 has the objects to read; NULL reads all.
 WITH spaces AS (
     SELECT * FROM pg_namespace WHERE nspname !~ '^pg_' AND nspname <> 'information_schema'),
-relations AS (
+relations AS MATERIALIZED (
     SELECT c.*, c.oid::regclass::text AS name
-    FROM pg_class c JOIN spaces n ON n.oid = relnamespace WHERE relkind NOT IN ('i', 'I')),
-functions AS (
+    FROM pg_class c JOIN spaces n ON n.oid = relnamespace
+    WHERE relkind NOT IN ('i', 'I') AND ($1::text[] IS NULL OR c.oid::regclass::text = ANY ($1))),
+functions AS MATERIALIZED (
     SELECT p.*, p.oid::regprocedure::text AS name
-    FROM pg_proc p JOIN spaces n ON n.oid = pronamespace),
+    FROM pg_proc p JOIN spaces n ON n.oid = pronamespace
+    WHERE $1::text[] IS NULL OR p.oid::regprocedure::text = ANY ($1)),
 lines (object, line) AS (
 
 SELECT name, concat_ws(' ',
@@ -54,9 +56,16 @@ UNION ALL SELECT name, concat_ws(' ', 'function',
     CASE WHEN NOT prosecdef THEN 'SECURITY INVOKER' END)
 FROM functions WHERE prokind IN ('f', 'p')
 
-UNION ALL SELECT name, concat_ws(' ', lower(permissive), 'policy', quote_ident(policyname), cmd,
-    'TO', array_to_string(roles, ', '), 'USING ' || qual, 'WITH CHECK ' || with_check)
-FROM pg_policies JOIN relations ON format('%I.%I', schemaname, tablename) = name
+UNION ALL SELECT name, concat_ws(' ',
+    CASE WHEN polpermissive THEN 'permissive' ELSE 'restrictive' END, 'policy',
+    quote_ident(polname),
+    CASE polcmd WHEN '*' THEN 'ALL' WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT'
+        WHEN 'w' THEN 'UPDATE' ELSE 'DELETE' END,
+    'TO', (SELECT string_agg(coalesce(rolname, 'public'), ', ' ORDER BY rolname)
+        FROM unnest(polroles) named LEFT JOIN pg_roles role ON role.oid = named),
+    'USING ' || pg_get_expr(polqual, polrelid),
+    'WITH CHECK ' || pg_get_expr(polwithcheck, polrelid))
+FROM pg_policy JOIN relations r ON r.oid = polrelid
 
 -- With PostgreSQL's own grants to PUBLIC.
 UNION ALL SELECT name, format('grant %s%s to %s%s', privilege_type, ' ' || part,
