@@ -1,12 +1,14 @@
 """Creates each weakness in a sound database; the doctor must report it, and nothing else."""
 
 import asyncio
+import re
 import ssl
 import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager
 from dataclasses import FrozenInstanceError, dataclass
 
+import own_tables
 import pytest
 import pytest_asyncio
 from cluster import OWNER, Cluster
@@ -14,8 +16,7 @@ from driver import Connection
 from pgbouncer import PASSWORD, TRIXIE, PgBouncer
 
 from todo_db import doctor
-from todo_db.doctor import Report, examine
-from todo_db.doctor.checks import CHECKS
+from todo_db.doctor import FURTHER, RULES, Report, examine
 from todo_db.embedded import LOGIN, EmbeddedPostgres
 from todo_db.engine import Pool
 from todo_db.errors import ConfigurationError, SchemaError, TodoDBError, UnavailableError
@@ -26,26 +27,29 @@ from todo_db.settings import Settings
 type Found = set[tuple[str, str]]
 
 TEMPLATE = "todo_template"
+OWN_TEMPLATE = "todo_template_own"
 DATABASE = "todo_planted"
 MARKER = "hunter2"
 NEON = f"postgresql://alice:{MARKER}@ep-cool-1234-pooler.eu-central-1.aws.neon.tech/todo"
+
+# For the arguments of the rules.
+TYPED = "WHERE $1::text[] IS NOT NULL AND $2::text IS NOT NULL"
 
 # Findings of every test server: it runs with fsync off, and is sound otherwise.
 SOUND: Found = {("durability-weakened", "fsync")}
 
 MINE = "user_id = nullif((SELECT current_setting('todo_db.user_id', true)), '')"
 NOTES = f"""
-    CREATE TABLE notes (user_id text);
+    CREATE TABLE notes (user_id text NOT NULL REFERENCES users ON DELETE CASCADE);
     ALTER TABLE notes ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
     CREATE POLICY own ON notes TO todo_app USING ({MINE});
     CREATE POLICY fence ON notes AS RESTRICTIVE TO todo_app USING ({MINE});
     GRANT SELECT, INSERT ON notes TO todo_app;
 """
-HELPER = f"""{NOTES}
-    CREATE FUNCTION me() RETURNS text LANGUAGE sql IMMUTABLE
-        RETURN nullif(current_setting('todo_db.user_id', true), '');
-    ALTER POLICY own ON notes USING (user_id = me());
-"""
+INDEX = (
+    "public.tasks: index CREATE UNIQUE INDEX idx_tasks_user_id ON public.tasks"
+    " USING btree (user_id, id)"
+)
 UNKEYED = "ALTER TABLE tasks DROP CONSTRAINT fk_tasks_user_id_users"
 KEYED = f"""{UNKEYED}, ADD CONSTRAINT fk_tasks_user_id_users
     FOREIGN KEY (user_id) REFERENCES users"""
@@ -138,14 +142,6 @@ PLANTS = (
     ),
     # A1 A9: row-level security
     Weakness("rls-disabled", "public.tasks", "ALTER TABLE tasks DISABLE ROW LEVEL SECURITY"),
-    Weakness(
-        "rls-disabled", "public.notes", "CREATE TABLE notes (); GRANT DELETE ON notes TO todo_app"
-    ),
-    Weakness(
-        "rls-disabled",
-        "public.notes",
-        "CREATE TABLE notes (a text); GRANT SELECT (a) ON notes TO PUBLIC",
-    ),
     Weakness("rls-not-forced", "public.users", "ALTER TABLE users NO FORCE ROW LEVEL SECURITY"),
     # B1 B2 B3 B4: policies
     Weakness("policy-missing", "public.tasks", "DROP POLICY tasks_own ON tasks"),
@@ -156,17 +152,17 @@ PLANTS = (
         "DROP POLICY idempotency_keys_fence ON idempotency_keys",
     ),
     Weakness(
-        "policy-constant",
+        "policy-open",
         "extra on public.tasks",
         "CREATE POLICY extra ON tasks TO todo_app USING (true)",
     ),
     Weakness(
-        "policy-constant",
+        "policy-open",
         "extra on public.tasks",
         "CREATE POLICY extra ON tasks FOR SELECT TO todo_app USING (1 = 1)",
     ),
     Weakness(
-        "policy-constant",
+        "policy-open",
         "tasks_own on public.tasks",
         "ALTER POLICY tasks_own ON tasks WITH CHECK (true)",
     ),
@@ -174,34 +170,22 @@ PLANTS = (
         "policy-public", "tasks_own on public.tasks", "ALTER POLICY tasks_own ON tasks TO PUBLIC"
     ),
     Weakness(
-        "policy-altered",
+        "policy-open",
         "tasks_own on public.tasks",
         f"ALTER POLICY tasks_own ON tasks USING ({MINE} OR current_setting('x', true) IS NULL)",
     ),
     Weakness(
-        "policy-altered",
+        "policy-open",
         "tasks_own on public.tasks",
         """ALTER POLICY tasks_own ON tasks USING
         (user_id = (SELECT current_setting('todo_db.user_id', true)))""",
     ),
     Weakness(
-        "policy-altered",
+        "policy-open",
         "idempotency_keys_own on public.idempotency_keys",
         "ALTER POLICY idempotency_keys_own ON idempotency_keys USING (user_id = 'x')",
     ),
-    Weakness("policy-helper", "public.me()", HELPER),
-    Weakness("policy-helper", "public.me()", f"{HELPER}; ALTER FUNCTION me() VOLATILE"),
     # C1 C2 C3: objects that change whose rights apply
-    Weakness(
-        "function-search-path",
-        "public.everything()",
-        "CREATE FUNCTION everything() RETURNS bigint LANGUAGE sql AS 'SELECT count(*) FROM tasks'",
-    ),
-    Weakness(
-        "function-search-path",
-        "public.set_updated_at()",
-        "ALTER FUNCTION set_updated_at() RESET search_path",
-    ),
     Weakness(
         "function-definer",
         "public.everything()",
@@ -217,13 +201,9 @@ PLANTS = (
     Weakness(
         "function-definer",
         "other.find_credential(text,text)",
-        """CREATE SCHEMA other; CREATE FUNCTION other.find_credential(text, text) RETURNS bigint
+        """CREATE SCHEMA other; GRANT USAGE ON SCHEMA other TO todo_app;
+        CREATE FUNCTION other.find_credential(text, text) RETURNS bigint
         LANGUAGE sql SECURITY DEFINER RETURN (SELECT count(*) FROM accounts)""",
-    ),
-    Weakness(
-        "function-search-path",
-        "public.find_credential(text,text)",
-        "ALTER FUNCTION find_credential(text, text) RESET search_path",
     ),
     Weakness(
         "view-owner-rights",
@@ -234,7 +214,7 @@ PLANTS = (
         "view-materialized",
         "public.everything",
         """CREATE MATERIALIZED VIEW everything AS SELECT * FROM tasks;
-        GRANT SELECT (title) ON everything TO PUBLIC""",
+        GRANT SELECT (title) ON everything TO todo_app""",
     ),
     # A7 A8 D2: grants
     *(
@@ -245,14 +225,45 @@ PLANTS = (
         )
         for way, table, column in (
             ("INSERT", "tasks", "id"),
-            ("INSERT", "users", "created_at"),
             ("UPDATE", "tasks", "user_id"),
-            ("UPDATE", "tasks", "updated_at"),
             ("UPDATE", "users", "id"),
+            ("UPDATE", "idempotency_keys", "key"),
+        )
+    ),
+    *(
+        Weakness(
+            "catalogue-extra",
+            f"public.{table}: grant {way} ({column}) to todo_app",
+            f"GRANT {way} ({column}) ON {table} TO todo_app",
+        )
+        for way, table, column in (
+            ("INSERT", "users", "created_at"),
+            ("UPDATE", "tasks", "updated_at"),
             ("UPDATE", "users", "email"),
             ("INSERT", "idempotency_keys", "created_at"),
             ("UPDATE", "idempotency_keys", "fingerprint"),
-            ("UPDATE", "idempotency_keys", "task_ids"),
+        )
+    ),
+    Weakness("grant-option", "public.tasks", "GRANT SELECT ON tasks TO todo_app WITH GRANT OPTION"),
+    Weakness("grant-public", "public.tasks", "GRANT SELECT (title) ON tasks TO PUBLIC"),
+    Weakness(
+        "grant-parameter",
+        "session_replication_role",
+        "GRANT SET ON PARAMETER session_replication_role TO todo_app",
+        "REVOKE ALL ON PARAMETER session_replication_role FROM todo_app",
+    ),
+    Weakness(
+        "grant-parameter",
+        "log_statement",
+        f"GRANT ALTER SYSTEM ON PARAMETER log_statement TO {LOGIN}",
+        f"REVOKE ALL ON PARAMETER log_statement FROM {LOGIN}",
+    ),
+    *(
+        Weakness("grant-system", subject, f"GRANT {right} TO {whom}", f"REVOKE {right} FROM {whom}")
+        for subject, right, whom in (
+            ("pg_authid", "SELECT ON pg_authid", "todo_app"),
+            ("rolpassword on pg_authid", "SELECT (rolpassword) ON pg_authid", "PUBLIC"),
+            ("pg_read_file(text)", "EXECUTE ON FUNCTION pg_read_file(text)", "todo_app"),
         )
     ),
     *(
@@ -286,14 +297,55 @@ PLANTS = (
     Weakness("grant-default", OWNER, "ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO todo_app"),
     # Guarantees of the tables
     Weakness(
-        "identity-not-always",
-        "public.tasks.id",
+        "catalogue-missing",
+        "public.tasks: column id bigint NOT NULL GENERATED ALWAYS AS IDENTITY",
         "ALTER TABLE tasks ALTER id SET GENERATED BY DEFAULT",
     ),
-    Weakness("identity-not-always", "public.tasks.id", "ALTER TABLE tasks ALTER id DROP IDENTITY"),
     *(
-        Weakness("sequence-unsteady", "public.tasks_id_seq", f"ALTER SEQUENCE tasks_id_seq {how}")
+        Weakness(
+            "catalogue-missing",
+            "public.tasks_id_seq: values bigint START 1 INCREMENT 1 MIN 1 MAX 9223372036854775807"
+            " CACHE 1 NO CYCLE",
+            f"ALTER SEQUENCE tasks_id_seq {how}",
+        )
         for how in ("CYCLE", "CACHE 50", "INCREMENT -1 START -1 MINVALUE -9 MAXVALUE 1")
+    ),
+    Weakness(
+        "column-required", "priority on public.tasks", "ALTER TABLE tasks ADD priority int NOT NULL"
+    ),
+    Weakness(
+        "column-required",
+        "priority on public.users",
+        """ALTER TABLE users ADD priority int NOT NULL;
+        GRANT INSERT (priority) ON users TO todo_app""",
+    ),
+    Weakness(
+        "unique-crossing", "extra on public.tasks", "CREATE UNIQUE INDEX extra ON tasks (title)"
+    ),
+    Weakness(
+        "unique-crossing",
+        "one_of_each on public.tasks",
+        "ALTER TABLE tasks ADD CONSTRAINT one_of_each UNIQUE (title)",
+    ),
+    Weakness(
+        "credential-owner",
+        "public.find_credential(text,text)",
+        "ALTER FUNCTION find_credential(text, text) OWNER TO postgres",
+        f"ALTER FUNCTION find_credential(text, text) OWNER TO {OWNER}",
+    ),
+    Weakness(
+        "credential-owner",
+        "public.find_credential(text,text)",
+        "CREATE ROLE carol; ALTER FUNCTION find_credential(text, text) OWNER TO carol",
+        f"ALTER FUNCTION find_credential(text, text) OWNER TO {OWNER}; DROP ROLE carol",
+    ),
+    *(
+        Weakness(
+            "rule-rewrites",
+            f"gone on public.{table}",
+            f"CREATE RULE gone AS ON DELETE TO {table} DO INSTEAD NOTHING",
+        )
+        for table in ("tasks", "sessions")
     ),
     Weakness("trigger-missing", "public.users", "DROP TRIGGER update_users_updated_at ON users"),
     Weakness("trigger-disabled", "public.tasks", "ALTER TABLE tasks DISABLE TRIGGER USER"),
@@ -327,7 +379,6 @@ PLANTS = (
         "synchronous_commit",
         f"ALTER DATABASE {DATABASE} SET synchronous_commit = off",
     ),
-    Weakness("durability-unlogged", "public.tasks", "ALTER TABLE tasks SET UNLOGGED"),
     Weakness(
         "user-preset",
         f"DATABASE {DATABASE}",
@@ -341,44 +392,36 @@ PLANTS = (
         f"ALTER ROLE {LOGIN} RESET todo_db.user_id",
     ),
     # Everything else that the migrations created
+    Weakness("catalogue-missing", INDEX, "DROP INDEX idx_tasks_user_id"),
     Weakness(
         "catalogue-missing",
-        "indexes: CREATE UNIQUE INDEX idx_tasks_user_id ON public.tasks USING btree (user_id, id)",
-        "DROP INDEX idx_tasks_user_id",
-    ),
-    Weakness(
-        "catalogue-missing",
-        "relations: table public.sessions ENABLE ROW LEVEL SECURITY",
+        "public.sessions: table ENABLE ROW LEVEL SECURITY",
         "ALTER TABLE sessions DISABLE ROW LEVEL SECURITY",
     ),
     Weakness(
         "catalogue-missing",
-        "grants: todo_app: EXECUTE ON FUNCTION find_credential(text,text)",
+        "public.find_credential(text,text): grant EXECUTE to todo_app",
         "REVOKE EXECUTE ON FUNCTION find_credential(text, text) FROM todo_app",
     ),
     Weakness(
         "catalogue-missing",
-        "policies: accounts accounts_auth PERMISSIVE ALL TO {todo_auth} USING true WITH CHECK true",
+        "public.accounts: permissive policy accounts_auth ALL TO todo_auth USING true"
+        " WITH CHECK true",
         "DROP POLICY accounts_auth ON accounts",
     ),
     Weakness(
         "catalogue-extra",
-        "grants: PUBLIC: EXECUTE ON FUNCTION find_credential(text,text)",
+        "public.find_credential(text,text): grant EXECUTE to PUBLIC",
         "GRANT EXECUTE ON FUNCTION find_credential(text, text) TO PUBLIC",
     ),
     Weakness(
         "catalogue-extra",
-        "grants: todo_auth: SELECT ON tasks",
+        "public.tasks: grant SELECT to todo_auth",
         "GRANT SELECT ON tasks TO todo_auth",
     ),
     Weakness(
         "catalogue-extra",
-        "constraints: tasks one_of_each UNIQUE (title)",
-        "ALTER TABLE tasks ADD CONSTRAINT one_of_each UNIQUE (title)",
-    ),
-    Weakness(
-        "catalogue-extra",
-        "role: todo_auth member of pg_monitor",
+        "todo_auth: member of pg_monitor",
         "GRANT pg_monitor TO todo_auth",
         "REVOKE pg_monitor FROM todo_auth",
     ),
@@ -400,6 +443,313 @@ PLANTS = (
         "UPDATE todo_db_version SET version_num = '0001'",
     ),
 )
+# Mistakes with the tables of an application.
+MISTAKES = (
+    Weakness("rls-disabled", "public.labels", "ALTER TABLE labels DISABLE ROW LEVEL SECURITY"),
+    Weakness("rls-not-forced", "public.labels", "ALTER TABLE labels NO FORCE ROW LEVEL SECURITY"),
+    Weakness(
+        "rls-not-forced", 'app."Notes"', 'ALTER TABLE app."Notes" NO FORCE ROW LEVEL SECURITY'
+    ),
+    Weakness(
+        "rls-not-forced", "public.currencies", "ALTER TABLE currencies NO FORCE ROW LEVEL SECURITY"
+    ),
+    Weakness(
+        "rls-disabled",
+        "public.rates",
+        """CREATE TABLE rates (user_id text NOT NULL REFERENCES users ON DELETE CASCADE);
+        GRANT DELETE ON rates TO todo_app""",
+    ),
+    Weakness("owner-column", "public.labels", "ALTER TABLE labels ALTER user_id DROP NOT NULL"),
+    Weakness(
+        "owner-column",
+        "public.rates",
+        """CREATE TABLE rates (code text);
+        ALTER TABLE rates ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+        CREATE POLICY own ON rates TO todo_app USING (code <> '');
+        GRANT SELECT ON rates TO todo_app""",
+    ),
+    Weakness(
+        "owner-column",
+        "public.rates",
+        f"""CREATE COLLATION loose (locale = 'C');
+        UPDATE pg_collation SET collisdeterministic = false WHERE collname = 'loose';
+        CREATE TABLE rates (user_id text COLLATE loose NOT NULL);
+        ALTER TABLE rates ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+        CREATE POLICY own ON rates TO todo_app USING ({MINE});
+        CREATE POLICY fence ON rates AS RESTRICTIVE TO todo_app USING ({MINE});
+        ALTER TABLE rates OWNER TO todo_owner; GRANT SELECT ON rates TO todo_app""",
+        "DROP TABLE rates",
+    ),
+    Weakness("policy-missing", "public.labels", "DROP POLICY own ON labels"),
+    Weakness(
+        "policy-missing",
+        "public.labels",
+        "DROP POLICY own ON labels; DROP POLICY fence ON labels",
+    ),
+    # Policies that open the table, were it not for the fence
+    *(
+        Weakness(
+            "policy-open", "own on public.labels", f"ALTER POLICY own ON labels USING ({rule})"
+        )
+        for rule in (
+            "true",
+            "user_id IS NOT NULL",
+            "name = nullif((SELECT current_setting('todo_db.user_id', true)), '')",
+            f"{MINE} OR name = ''",
+            f"({MINE} AND name = '') OR true",
+            f"({MINE}) IS NOT FALSE",
+        )
+    ),
+    Weakness("policy-open", "own on public.labels", "ALTER POLICY own ON labels WITH CHECK (true)"),
+    Weakness(
+        "policy-open",
+        "more on public.labels",
+        "CREATE POLICY more ON labels FOR INSERT TO todo_app WITH CHECK (name <> '')",
+    ),
+    Weakness("policy-public", "own on public.labels", "ALTER POLICY own ON labels TO PUBLIC"),
+    # Fences that are none
+    Weakness("policy-fence-missing", "public.labels", "DROP POLICY fence ON labels"),
+    *(
+        Weakness(
+            "policy-fence-missing",
+            "public.labels",
+            f"DROP POLICY fence ON labels; CREATE POLICY fence ON labels {fence}",
+        )
+        for fence in (
+            f"AS RESTRICTIVE FOR INSERT TO todo_app WITH CHECK ({MINE})",
+            f"AS RESTRICTIVE FOR SELECT TO todo_app USING ({MINE})",
+            f"AS RESTRICTIVE TO todo_app USING ({MINE}) WITH CHECK (true)",
+            "AS RESTRICTIVE TO todo_app USING (user_id IS NOT NULL)",
+            "AS RESTRICTIVE TO todo_app USING (name <> '')",
+            f"AS RESTRICTIVE TO todo_auth USING ({MINE})",
+            f"TO todo_app USING ({MINE})",
+            """AS RESTRICTIVE TO todo_app
+            USING (user_id = (SELECT current_setting('todo_db.user_id', true)))""",
+        )
+    ),
+    *(
+        Weakness(
+            "policy-helper",
+            "more on public.labels",
+            f"""CREATE FUNCTION me() RETURNS text LANGUAGE sql {volatility}
+                RETURN current_setting('todo_db.user_id', true);
+            CREATE POLICY more ON labels AS RESTRICTIVE TO todo_app USING (user_id = me())""",
+        )
+        for volatility in ("IMMUTABLE", "STABLE", "VOLATILE")
+    ),
+    # Foreign keys
+    Weakness(
+        "foreign-key-crossing",
+        "crossing on public.labels",
+        """ALTER TABLE labels ADD task_id bigint CONSTRAINT crossing REFERENCES tasks;
+        GRANT INSERT (task_id) ON labels TO todo_app""",
+    ),
+    Weakness(
+        "foreign-key-crossing",
+        "crossing on public.labels",
+        """ALTER TABLE labels ADD friend text CONSTRAINT crossing REFERENCES users;
+        GRANT UPDATE (friend) ON labels TO todo_app""",
+    ),
+    Weakness(
+        "foreign-key-crossing",
+        "crossing on public.tasks",
+        "ALTER TABLE tasks ADD CONSTRAINT crossing FOREIGN KEY (project) REFERENCES labels",
+    ),
+    Weakness(
+        "foreign-key-crossing",
+        "crossing on public.labels",
+        """ALTER TABLE labels ADD event int CONSTRAINT crossing REFERENCES audit;
+        GRANT INSERT (event) ON labels TO todo_app""",
+    ),
+    Weakness(
+        "foreign-key-weak",
+        "labels_user_id_fkey on public.labels",
+        """ALTER TABLE labels DROP CONSTRAINT labels_user_id_fkey,
+        ADD FOREIGN KEY (user_id) REFERENCES users ON DELETE CASCADE NOT VALID""",
+    ),
+    Weakness(
+        "foreign-key-weak",
+        "labels_user_id_fkey on public.labels",
+        """ALTER TABLE labels DROP CONSTRAINT labels_user_id_fkey,
+        ADD FOREIGN KEY (user_id) REFERENCES users""",
+    ),
+    Weakness(
+        "foreign-key-weak",
+        "nulling on public.labels",
+        """ALTER TABLE labels ADD CONSTRAINT nulling FOREIGN KEY (user_id, parent_id)
+        REFERENCES labels (user_id, id) ON DELETE SET NULL""",
+    ),
+    Weakness(
+        "foreign-key-missing",
+        "public.labels",
+        "ALTER TABLE labels DROP CONSTRAINT labels_user_id_fkey",
+    ),
+    # Unique keys
+    *(
+        Weakness("unique-crossing", "crossing on public.labels", sql)
+        for sql in (
+            "ALTER TABLE labels ADD CONSTRAINT crossing UNIQUE (name)",
+            "CREATE UNIQUE INDEX crossing ON labels (name)",
+            "CREATE UNIQUE INDEX crossing ON labels (name) INCLUDE (user_id)",
+            "CREATE UNIQUE INDEX crossing ON labels (lower(name))",
+            "CREATE UNIQUE INDEX crossing ON labels (name) WHERE name <> ''",
+            "ALTER TABLE labels ADD CONSTRAINT crossing EXCLUDE (name WITH =)",
+            "ALTER TABLE labels ADD CONSTRAINT crossing EXCLUDE (name WITH =) WHERE (name <> '')",
+        )
+    ),
+    # Grants
+    *(
+        Weakness(
+            "grant-column", f"{right} on public.labels", f"GRANT {right} ON labels TO todo_app"
+        )
+        for right in ("UPDATE (user_id)", "UPDATE (id)", "INSERT (id)", "INSERT (number)")
+    ),
+    Weakness(
+        "grant-column",
+        "UPDATE (label_id) on public.task_labels",
+        "GRANT UPDATE (label_id) ON task_labels TO todo_app",
+    ),
+    *(
+        Weakness("grant-table", "public.labels", f"GRANT {right} ON labels TO todo_app")
+        for right in ("TRUNCATE", "TRIGGER", "REFERENCES", "REFERENCES (id)", "MAINTAIN")
+    ),
+    *(
+        Weakness("grant-shared", "public.currencies", f"GRANT {right} ON currencies TO todo_app")
+        for right in ("INSERT", "UPDATE (code)", "DELETE")
+    ),
+    *(
+        Weakness("grant-public", subject, f"GRANT {right} TO PUBLIC")
+        for subject, right in (
+            ("public.labels", "SELECT ON labels"),
+            ("public.labels", "INSERT (name) ON labels"),
+            ("public.currencies", "SELECT ON currencies"),
+            ("public.my_labels", "SELECT ON my_labels"),
+        )
+    ),
+    *(
+        Weakness("grant-option", subject, f"GRANT {right} TO todo_app WITH GRANT OPTION")
+        for subject, right in (
+            ("public.labels", "SELECT ON labels"),
+            ("name on public.labels", "INSERT (name) ON labels"),
+            ("public.shout(text)", "EXECUTE ON FUNCTION shout"),
+            ("SCHEMA app", "USAGE ON SCHEMA app"),
+        )
+    ),
+    Weakness(
+        "grant-sequence",
+        "public.labels_id_seq",
+        "GRANT USAGE ON SEQUENCE labels_id_seq TO todo_app",
+    ),
+    Weakness("grant-create", "SCHEMA app", "GRANT CREATE ON SCHEMA app TO todo_app"),
+    # Owners, views, functions, rules, triggers
+    Weakness(
+        "role-owns",
+        'app."Notes"',
+        'ALTER TABLE app."Notes" OWNER TO todo_app',
+        f'ALTER TABLE app."Notes" OWNER TO {OWNER}',
+    ),
+    Weakness(
+        "role-owns",
+        "public.shout(text)",
+        "ALTER FUNCTION shout OWNER TO todo_app",
+        f"ALTER FUNCTION shout OWNER TO {OWNER}",
+    ),
+    Weakness(
+        "view-owner-rights", "public.my_labels", "ALTER VIEW my_labels RESET (security_invoker)"
+    ),
+    Weakness(
+        "function-definer",
+        "public.count_all()",
+        "ALTER VIEW counts SET (security_invoker); GRANT SELECT ON counts TO todo_app",
+    ),
+    Weakness(
+        "function-definer",
+        "public.count_all()",
+        "GRANT EXECUTE ON FUNCTION count_all() TO todo_app",
+    ),
+    Weakness("function-definer", "hidden.count_all()", "GRANT USAGE ON SCHEMA hidden TO todo_app"),
+    Weakness("function-definer", "public.keep()", "ALTER FUNCTION keep() SECURITY DEFINER"),
+    Weakness(
+        "function-definer",
+        "public.count_all()",
+        "ALTER TABLE labels ADD CHECK (count_all() > 0) NOT VALID",
+    ),
+    Weakness(
+        "function-definer",
+        "public.count_all()",
+        "ALTER TABLE labels ALTER currency SET DEFAULT count_all()::text",
+    ),
+    Weakness(
+        "function-definer",
+        "public.spy()",
+        """CREATE FUNCTION spy() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+            AS 'BEGIN RETURN NEW; END';
+        CREATE TRIGGER spy AFTER INSERT ON sessions FOR EACH ROW EXECUTE FUNCTION spy()""",
+    ),
+    Weakness(
+        "function-leakproof",
+        "public.shout(text)",
+        "ALTER FUNCTION shout(text) LEAKPROOF",
+        "ALTER FUNCTION shout(text) NOT LEAKPROOF",
+    ),
+    Weakness(
+        "rule-rewrites",
+        "copy on public.labels",
+        "CREATE RULE copy AS ON INSERT TO labels DO ALSO INSERT INTO audit DEFAULT VALUES",
+    ),
+    Weakness(
+        "rule-rewrites",
+        "copy on public.my_labels",
+        "CREATE RULE copy AS ON INSERT TO my_labels DO INSTEAD INSERT INTO audit DEFAULT VALUES",
+    ),
+    Weakness("trigger-disabled", "public.labels", "ALTER TABLE labels DISABLE TRIGGER touch"),
+    Weakness("trigger-missing", "public.labels", "DROP TRIGGER touch ON labels"),
+    *(
+        Weakness(
+            "trigger-missing",
+            "public.labels",
+            f"DROP TRIGGER touch ON labels; CREATE TRIGGER touch {when}",
+        )
+        for when in (
+            "AFTER UPDATE ON labels FOR EACH ROW EXECUTE FUNCTION set_updated_at()",
+            "BEFORE UPDATE OF name ON labels FOR EACH ROW EXECUTE FUNCTION set_updated_at()",
+            "BEFORE UPDATE ON labels FOR EACH ROW EXECUTE FUNCTION keep()",
+        )
+    ),
+    Weakness(
+        "function-definer",
+        "public.keep()",
+        """CREATE TABLE more_labels () INHERITS (labels); ALTER FUNCTION keep() SECURITY DEFINER;
+        DROP TRIGGER keep ON labels;
+        CREATE TRIGGER keep AFTER UPDATE ON more_labels FOR EACH ROW EXECUTE FUNCTION keep()""",
+    ),
+    Weakness(
+        "function-definer",
+        "public.is_fine(text)",
+        """CREATE FUNCTION is_fine(text) RETURNS boolean LANGUAGE sql IMMUTABLE SECURITY DEFINER
+            RETURN true;
+        REVOKE ALL ON FUNCTION is_fine FROM PUBLIC;
+        CREATE DOMAIN fine AS text CHECK (is_fine(VALUE)); ALTER TABLE labels ADD more fine""",
+    ),
+    Weakness(
+        "column-required",
+        "priority on public.tasks",
+        """CREATE DOMAIN needed AS int NOT NULL; ALTER TABLE tasks DROP priority;
+        ALTER TABLE tasks ADD priority needed""",
+    ),
+    Weakness(
+        "sequence-unusable",
+        "public.labels_serial_seq",
+        "ALTER TABLE labels ADD serial serial",
+    ),
+    Weakness(
+        "owner-blind",
+        "public.labels",
+        "CREATE ROLE carol; ALTER TABLE labels OWNER TO carol",
+        f"ALTER TABLE labels OWNER TO {OWNER}; DROP ROLE carol",
+    ),
+)
+# Tests of their own have these.
 ELSEWHERE = {
     "clock-skewed",
     "direct-pooled",
@@ -426,15 +776,42 @@ async def template(cluster: Cluster) -> str:
     return TEMPLATE
 
 
-@pytest_asyncio.fixture
-async def place(cluster: Cluster, template: str) -> AsyncGenerator[Cluster]:
-    """The server, with a sound database."""
+@pytest_asyncio.fixture(scope="module")
+async def own_template(cluster: Cluster, template: str) -> str:
+    """The same with tables of an application."""
+    await add_own_tables(cluster, template)
+    return OWN_TEMPLATE
+
+
+async def add_own_tables(cluster: Cluster, template: str) -> None:
+    await cluster.execute(f"CREATE DATABASE {OWN_TEMPLATE} TEMPLATE {template} OWNER {OWNER}")
+    connection = await cluster.connect(OWNER, OWN_TEMPLATE)
+    await own_tables.create_tables(connection)
+    await connection.close()
+
+
+@asynccontextmanager
+async def copied(cluster: Cluster, template: str) -> AsyncGenerator[Cluster]:
     await cluster.execute(
         f"CREATE DATABASE {DATABASE} TEMPLATE {template} STRATEGY FILE_COPY OWNER {OWNER}",
         f"REVOKE TEMPORARY ON DATABASE {DATABASE} FROM PUBLIC",
     )
     yield cluster
     await cluster.execute(f"DROP DATABASE {DATABASE} WITH (FORCE)")
+
+
+@pytest_asyncio.fixture
+async def place(cluster: Cluster, template: str) -> AsyncGenerator[Cluster]:
+    """The server, with a sound database."""
+    async with copied(cluster, template):
+        yield cluster
+
+
+@pytest_asyncio.fixture
+async def own_place(cluster: Cluster, own_template: str) -> AsyncGenerator[Cluster]:
+    """The server, with a sound database that has tables of an application."""
+    async with copied(cluster, own_template):
+        yield cluster
 
 
 async def report(place: Cluster, login: str = LOGIN, direct: str | None = None) -> Report:
@@ -472,6 +849,10 @@ async def with_weakness(place: Cluster, plant: Weakness) -> AsyncGenerator[None]
         await connection.close()
 
 
+def named(plant: Weakness) -> str:
+    return f"{plant.code}: {' '.join(plant.sql.replace(MINE, 'mine').split())[-150:]}"
+
+
 class TestExamine:
     async def test_finds_nothing_as_the_recommended_login(self, place: Cluster) -> None:
         assert await found(place) == set()
@@ -505,9 +886,7 @@ class TestExamine:
             ("durability-weakened", "synchronous_commit"),
         ]
 
-    @pytest.mark.parametrize(
-        "plant", PLANTS, ids=lambda plant: f"{plant.code}: {' '.join(plant.sql.split())[-60:]}"
-    )
+    @pytest.mark.parametrize("plant", PLANTS, ids=named)
     async def test_finds(self, place: Cluster, plant: Weakness) -> None:
         async with with_weakness(place, plant):
             assert await found(place, plant.login) == {(plant.code, plant.subject)}
@@ -567,24 +946,29 @@ class TestExamine:
         )
         async with with_weakness(place, Weakness("", "", several)):
             assert await found(place) == {
+                ("grant-public", "public.notes"),
                 ("grant-table", "public.notes"),
+                ("owner-column", "public.notes"),
                 ("policy-missing", "public.tasks"),
                 ("rls-disabled", "public.notes"),
             }
 
-    @pytest.mark.parametrize(
-        ("explanation", "undo", "finding"),
-        [
-            ("GRANT SELECT ON jwks TO todo_app", "", ("grant-auth", "public.jwks")),
-            ("ALTER TABLE tasks SET UNLOGGED", "", ("durability-unlogged", "public.tasks")),
-        ],
-    )
-    async def test_reports_no_difference_that_another_finding_explains(
-        self, place: Cluster, explanation: str, undo: str, finding: tuple[str, str]
+    async def test_reports_no_difference_that_another_finding_of_the_object_explains(
+        self, place: Cluster
     ) -> None:
-        plant = Weakness("", "", f"{explanation}; DROP INDEX idx_tasks_user_id", undo)
-        async with with_weakness(place, plant):
-            assert await found(place) == {finding}
+        plant = "DROP INDEX idx_tasks_user_id; GRANT TRUNCATE ON tasks TO todo_app"
+        async with with_weakness(place, Weakness("", "", plant)):
+            assert await found(place) == {("grant-table", "public.tasks")}
+
+    async def test_reports_a_difference_next_to_findings_of_other_objects(
+        self, place: Cluster
+    ) -> None:
+        plant = "DROP INDEX idx_tasks_user_id; GRANT TRUNCATE ON users TO todo_app"
+        async with with_weakness(place, Weakness("", "", plant)):
+            assert await found(place) == {
+                ("grant-table", "public.users"),
+                ("catalogue-missing", INDEX),
+            }
 
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
     async def test_reports_a_difference_next_to_findings_outside_the_schema(
@@ -668,7 +1052,7 @@ class TestExamine:
         assert await found(place) == set()
 
     async def test_changes_nothing(self, place: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doctor, "QUERY", "DELETE FROM public.tasks RETURNING '', ''")
+        monkeypatch.setattr(doctor, "RULES", f"DELETE FROM public.tasks {TYPED} RETURNING ''")
         with pytest.raises(TodoDBError):
             await found(place)
 
@@ -702,7 +1086,7 @@ class TestExamine:
     async def test_failure_is_of_our_tree_without_a_value(
         self, place: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(doctor, "QUERY", f"SELECT '{MARKER}' FROM nowhere")
+        monkeypatch.setattr(doctor, "RULES", f"SELECT '{MARKER}' FROM nowhere {TYPED}")
         with pytest.raises(SchemaError) as failed:
             await found(place)
         assert failed.value.__cause__ is failed.value.__context__ is None
@@ -718,6 +1102,134 @@ class TestExamine:
         monkeypatch.delenv("DATABASE_URL", raising=False)
         with pytest.raises(ConfigurationError):
             await examine(Settings())
+
+
+class TestOwnTables:
+    """Tables that an application declared by `Owned` and `Shared`."""
+
+    async def test_are_silent_where_they_are_sound(self, own_place: Cluster) -> None:
+        assert await found(own_place) == set()
+
+    @pytest.mark.parametrize("plant", MISTAKES, ids=named)
+    async def test_mistake_is_named(self, own_place: Cluster, plant: Weakness) -> None:
+        async with with_weakness(own_place, plant):
+            assert await found(own_place) == {(plant.code, plant.subject)}
+
+    @pytest.mark.parametrize(
+        ("plant", "remedy"),
+        [
+            ("ALTER TABLE labels DISABLE ROW LEVEL SECURITY", 'op.fence("labels") '),
+            (
+                'ALTER TABLE app."Notes" DISABLE ROW LEVEL SECURITY',
+                'op.fence("Notes", schema="app") ',
+            ),
+            ("DROP POLICY fence ON labels", 'op.fence("labels") '),
+            ("DROP TRIGGER touch ON labels", "touch=True"),
+            (
+                """ALTER TABLE labels ADD task_id bigint REFERENCES tasks;
+                GRANT INSERT (task_id) ON labels TO todo_app""",
+                "owned_reference(…)",
+            ),
+            (
+                """ALTER TABLE labels ADD event int REFERENCES audit;
+                GRANT INSERT (event) ON labels TO todo_app""",
+                "owned_reference(…)",
+            ),
+            (
+                """CREATE TABLE colours (name text PRIMARY KEY);
+                ALTER TABLE labels ADD colour text REFERENCES colours;
+                GRANT INSERT (colour) ON labels TO todo_app""",
+                'op.share("colours")',
+            ),
+            ("CREATE UNIQUE INDEX ON labels (name)", "UNIQUE (user_id, …)"),
+            ("ALTER TABLE labels ADD serial serial", "Identity(always=True)"),
+            ("GRANT UPDATE (id) ON labels TO todo_app", "op.fence"),
+        ],
+    )
+    async def test_remedy_is_the_line_that_mends_it(
+        self, own_place: Cluster, plant: str, remedy: str
+    ) -> None:
+        async with with_weakness(own_place, Weakness("", "", plant)):
+            (finding,) = (
+                each for each in (await report(own_place)).findings if each.subject != "fsync"
+            )
+        assert remedy in finding.remedy
+
+    async def test_shared_policy_for_all_commands_shares_nothing(self, own_place: Cluster) -> None:
+        plant = """DROP POLICY todo_db_shared ON currencies;
+            CREATE POLICY todo_db_shared ON currencies TO todo_app USING (true)"""
+        async with with_weakness(own_place, Weakness("", "", plant)):
+            assert await found(own_place) == {
+                ("foreign-key-crossing", "labels_currency_fkey on public.labels"),
+                ("owner-column", "public.currencies"),
+            }
+
+    async def test_our_table_cannot_be_shared(self, own_place: Cluster) -> None:
+        plant = "CREATE POLICY todo_db_shared ON tasks FOR SELECT TO todo_app USING (true)"
+        async with with_weakness(own_place, Weakness("", "", plant)):
+            assert await found(own_place) == {("policy-open", "todo_db_shared on public.tasks")}
+
+    async def test_partition_reaches_a_function_as_its_parent_does(
+        self, own_place: Cluster
+    ) -> None:
+        plant = f"""
+            CREATE TABLE notes (user_id text NOT NULL REFERENCES users ON DELETE CASCADE)
+                PARTITION BY HASH (user_id);
+            CREATE TABLE notes_0 PARTITION OF notes FOR VALUES WITH (MODULUS 1, REMAINDER 0);
+            ALTER TABLE notes ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+            CREATE POLICY own ON notes TO todo_app USING ({MINE});
+            CREATE POLICY fence ON notes AS RESTRICTIVE TO todo_app USING ({MINE});
+            GRANT SELECT, INSERT ON notes TO todo_app"""
+        async with with_weakness(own_place, Weakness("", "", plant)):
+            assert await found(own_place) == set()
+        granted = "GRANT SELECT ON notes_0 TO todo_app"
+        async with with_weakness(own_place, Weakness("", "", granted)):
+            assert await found(own_place) == {("rls-disabled", "public.notes_0")}
+        spy = """REVOKE ALL ON notes_0 FROM todo_app;
+            CREATE TRIGGER spy AFTER INSERT ON notes_0 FOR EACH ROW EXECUTE FUNCTION keep();
+            ALTER FUNCTION keep() SECURITY DEFINER"""
+        async with with_weakness(own_place, Weakness("", "", spy)):
+            assert await found(own_place) == {("function-definer", "public.keep()")}
+
+    @pytest.mark.matrix
+    @pytest.mark.parametrize("version", [15, 16])
+    async def test_are_judged_the_same_by_another_version(
+        self,
+        todo_postgres: EmbeddedPostgres,  # noqa: ARG002  # as for `cluster`
+        version: int,
+    ) -> None:
+        with Cluster(version) as server:
+            await upgrade(await server.create_database(TEMPLATE))
+            await server.execute(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app")
+            await add_own_tables(server, TEMPLATE)
+            async with copied(server, OWN_TEMPLATE):
+                assert await found(server) == set()
+            for plant in MISTAKES:
+                if "MAINTAIN" not in plant.sql:
+                    async with copied(server, OWN_TEMPLATE), with_weakness(server, plant):
+                        assert await found(server) == {(plant.code, plant.subject)}, plant
+
+    @pytest.mark.matrix
+    async def test_exclusion_must_compare_users_by_equality(
+        self,
+        todo_postgres: EmbeddedPostgres,  # noqa: ARG002  # as for `cluster`
+    ) -> None:
+        # The wheel has no btree_gist.
+        with Cluster(15) as server:
+            await upgrade(await server.create_database(TEMPLATE))
+            await server.execute(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app")
+            await add_own_tables(server, TEMPLATE)
+            for operator, findings in (
+                ("=", set()),
+                ("<>", {("unique-crossing", "apart on public.labels")}),
+            ):
+                plant = f"""CREATE EXTENSION btree_gist; ALTER TABLE labels ADD CONSTRAINT apart
+                    EXCLUDE USING gist (user_id WITH {operator}, name WITH =)"""
+                async with (
+                    copied(server, OWN_TEMPLATE),
+                    with_weakness(server, Weakness("", "", plant)),
+                ):
+                    assert await found(server) == findings
 
 
 class TestReport:
@@ -753,7 +1265,7 @@ class TestReport:
         self, place: Cluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(doctor, "_OLDEST", 990_000)
-        monkeypatch.setattr(doctor, "QUERY", "SELECT what it does not know")
+        monkeypatch.setattr(doctor, "RULES", "SELECT what it does not know")
         seen = await report(place)
         assert [(finding.code, finding.subject) for finding in seen.findings] == [
             ("server-old", "the server")
@@ -844,14 +1356,7 @@ class TestLine:
         assert (await report(place)).line == line
 
 
-class TestChecks:
+class TestCodes:
     def test_each_is_tested(self) -> None:
-        assert {plant.code for plant in PLANTS} | ELSEWHERE == CHECKS.keys()
-
-    def test_without_sql_are_checked_elsewhere(self) -> None:
-        without_sql = {code for code, check in CHECKS.items() if not check.sql}
-        assert without_sql == ELSEWHERE | {
-            "catalogue-extra",
-            "catalogue-missing",
-            "migrations-behind",
-        }
+        codes = set(re.findall(r"SELECT (?:DISTINCT )?'([a-z]+(?:-[a-z]+)+)',", RULES))
+        assert {plant.code for plant in (*PLANTS, *MISTAKES)} | ELSEWHERE == codes | FURTHER.keys()

@@ -204,9 +204,7 @@ class TestUpgrade:
         await downgrade(empty, "base")
         after = await read(empty)
         # Roles belong to the cluster, where other databases may use them.
-        assert after.pop("role") == EXPECTED["role"]
-        assert before.pop("role") == set()
-        assert after == before
+        assert after == before | {line for line in EXPECTED if line.startswith("todo_app: ")}
         await upgrade(empty)
         assert await read(empty) == EXPECTED
 
@@ -450,9 +448,10 @@ class TestModels:
         await execute(empty, ALEMBIC_TABLE)
         migrated = await cluster.create_database("migrated")
         await upgrade(migrated)
-        modelled, expected = await read(empty), await read(migrated)
-        for section in ("schemas", "columns", "sequences", "constraints", "indexes"):
-            assert modelled[section] == expected[section]
+        kinds = re.compile(": (column|constraint|index|values) ")
+        modelled = {line for line in await read(empty) if kinds.search(line)}
+        expected = {line for line in await read(migrated) if kinds.search(line)}
+        assert modelled == expected
 
 
 class TestCommandLine:

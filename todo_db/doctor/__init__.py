@@ -2,6 +2,7 @@
 
 from asyncio import BaseTransport
 from dataclasses import dataclass
+from importlib.resources import files
 from ipaddress import ip_address
 from ssl import CERT_REQUIRED
 from time import time
@@ -9,12 +10,11 @@ from typing import Final, Literal, cast
 
 from pydantic import SecretStr
 
-from todo_db.doctor.catalogue import SETTINGS, STATEMENT, catalogued, differences
-from todo_db.doctor.checks import CHECKS, QUERY
+from todo_db.doctor.catalogue import OBJECTS, SETTINGS, STATEMENT, catalogued, differences
 from todo_db.engine import Endpoint, Pool, PooledConnection, parse_url, transport
 from todo_db.errors import translated
-from todo_db.fence import ROLE
-from todo_db.models import REVISION
+from todo_db.fence import PRINTED_RULE, ROLE
+from todo_db.models import OUR_COLUMNS, REVISION
 from todo_db.settings import Settings
 
 _SKEW_SECONDS: Final = 5.0
@@ -27,16 +27,56 @@ _SERVER: Final = """
 _OWN_NAMES: Final = "SELECT EXISTS (SELECT FROM pg_prepared_statements WHERE starts_with(name, $1))"
 # After one of these findings the role cannot read which migrations have run.
 _UNKNOWN: Final = frozenset({"login-not-member", "migrations-missing", "migrations-unreadable"})
-# Codes with these prefixes are not about the schema. Any other finding can explain a difference.
-_ELSEWHERE: Final = (
-    "clock-",
-    "direct-",
-    "durability-weakened",
-    "login-",
-    "statements-",
-    "tls-",
-    "user-",
-)
+
+RULES: Final = files(__package__).joinpath("rules.sql").read_text("utf-8")
+_OURS: Final = [
+    f"public.{table}.{column}" for table, columns in OUR_COLUMNS.items() for column in columns
+]
+# Problem and remedy of each finding that no rule of rules.sql returns.
+FURTHER: Final = {
+    "catalogue-extra": (
+        "no migration made it, so nothing tells what it opens or breaks",
+        "drop or revoke it, or have a migration put back what it alters",
+    ),
+    "catalogue-missing": (
+        "a migration made it, and it is gone or altered",
+        "make it again as the file in alembic/versions does",
+    ),
+    "clock-skewed": (
+        "its clock and this machine's differ by more than 5 seconds: tokens expire at other times",
+        "synchronise both by NTP",
+    ),
+    "direct-pooled": (
+        "it names Neon's pooler, which gives each transaction of a migration another session",
+        "take -pooler out of its host, or leave it out: it is derived from DATABASE_URL",
+    ),
+    "migrations-behind": (
+        f"it says that migrations before {REVISION} were the last to run",
+        "todo-db migrate",
+    ),
+    "server-old": ("it is older than PostgreSQL 15, so nothing else was looked at", "upgrade it"),
+    "statements-untracked": (
+        (
+            "it does not track prepared statements (or pools by session), so todo_db turns them"
+            " off: each call costs one round trip more"
+        ),
+        (
+            "set max_prepared_statements of PgBouncer above 0 (1.21 or later), or"
+            " TODO_DB_PREPARED_STATEMENTS=false; =true if it pools by session"
+        ),
+    ),
+    "tls-missing": (
+        "the server is another machine, and everything goes to it in clear text",
+        "use the server's TLS: add sslmode=verify-full to the URL",
+    ),
+    "tls-unverified": (
+        (
+            "it is encrypted, but another machine could pose as the server: certificate or name are"
+            " not checked"
+        ),
+        "add sslmode=verify-full to the URL",
+    ),
+}
 
 type Line = Literal[
     "unix socket", "this machine", "TLS, verified", "TLS, not verified", "clear text"
@@ -53,7 +93,8 @@ class Finding:
 
     Attributes:
         code: The stable name of the check.
-        subject: The name of the object, or a line of the catalogue; never a value of a row.
+        subject: The object, or a part of it "on" its table, or an object and a fact about it that
+            differs from what the migrations made; never a value of a row.
         problem: What the weakness permits or breaks.
         remedy: What the owner should do.
     """
@@ -89,10 +130,10 @@ async def examine(settings: Settings) -> Report:
     It only reads, and only the system catalogue, which every login may read. From a server before
     PostgreSQL 15 it reads only the version.
 
-    At the end it compares all objects that the migrations created with those of the database. It
-    does so only if the database is at exactly this package's revision, because a newer database
-    may differ, and only without other findings about the schema, because those may explain the
-    difference. Resolve such findings first.
+    Rules judge everything that `todo_app` can touch, whoever made it. At the end the objects that
+    the migrations made are compared with those of a fresh database: only if the database is at
+    exactly this package's revision, because a newer one may differ, and only objects without
+    another finding, which may explain the difference. What an application adds is not compared.
 
     Raises:
         ConfigurationError: A URL or the login is wrong.
@@ -117,32 +158,33 @@ async def examine(settings: Settings) -> Report:
 async def _ask(pool: Pool, connection: PooledConnection, settings: Settings) -> Report:
     driver = connection.driver
     line = _line(transport(driver))
-    found = [(_WEAK[line], "the connection")] if line in _WEAK else []
+    found = [_further(_WEAK[line], "the connection")] if line in _WEAK else []
     direct = settings.direct_database_url
     if direct is not None and _parsed(direct).is_pooled:
-        found.append(("direct-pooled", "DIRECT_DATABASE_URL"))
+        found.append(_further("direct-pooled", "DIRECT_DATABASE_URL"))
     revision = None
     async with driver.transaction(readonly=True):
-        # With this search path no object of the login hides one of the catalogue, and every name
-        # is printed with its schema.
-        await driver.execute(f"{SETTINGS}; SET LOCAL search_path = pg_catalog, pg_temp")
+        await driver.execute(SETTINGS)
         asked = time()
         (server,) = await driver.fetch(_SERVER)
         is_pooled = pool.is_pooled(told_pid=driver.get_server_pid(), server_pid=server["pid"])
         if not asked - _SKEW_SECONDS <= server["clock"] <= time() + _SKEW_SECONDS:
-            found.append(("clock-skewed", "the server"))
+            found.append(_further("clock-skewed", "the server"))
         if server["number"] < _OLDEST:
-            found.append(("server-old", "the server"))
+            found.append(_further("server-old", "the server"))
         else:
-            found += [(row[0], row[1]) for row in await driver.fetch(QUERY)]
-            if is_pooled and settings.prepared_statements is None:
+            found += [Finding(*row) for row in await driver.fetch(RULES, _OURS, PRINTED_RULE)]
+            if (
+                is_pooled
+                and settings.prepared_statements is None
                 # A pooler that tracks prepared statements gives them names of its own.
-                own_names = await driver.fetchval(_OWN_NAMES, driver.statement_prefix)
-                found += [("statements-untracked", "the pooler")] if own_names else []
-            if not {code for code, _ in found} & _UNKNOWN:
+                and await driver.fetchval(_OWN_NAMES, driver.statement_prefix)
+            ):
+                found.append(_further("statements-untracked", "the pooler"))
+            if not {finding.code for finding in found} & _UNKNOWN:
                 revision = await _compare(connection, found)
     return Report(
-        findings=tuple(sorted(_finding(code, subject) for code, subject in found)),
+        findings=tuple(sorted(found)),
         server_version=server["version"].split()[0],
         revision=revision,
         endpoint="pooled" if is_pooled else "direct",
@@ -150,7 +192,7 @@ async def _ask(pool: Pool, connection: PooledConnection, settings: Settings) -> 
     )
 
 
-async def _compare(connection: PooledConnection, found: list[tuple[str, str]]) -> str | None:
+async def _compare(connection: PooledConnection, found: list[Finding]) -> str | None:
     """Return the last migration that ran, and add findings for differences of the schema."""
     driver = connection.driver
     await driver.execute(f"SET LOCAL ROLE {ROLE}")
@@ -158,10 +200,14 @@ async def _compare(connection: PooledConnection, found: list[tuple[str, str]]) -
         "str | None", await driver.fetchval("SELECT max(version_num) FROM public.todo_db_version")
     )
     if revision is None or revision < REVISION:
-        found.append(("migrations-behind", "public.todo_db_version"))
-    elif revision == REVISION and all(code.startswith(_ELSEWHERE) for code, _ in found):
-        await driver.execute(SETTINGS)
-        found += differences(catalogued((row[0], row[1]) for row in await driver.fetch(STATEMENT)))
+        found.append(_further("migrations-behind", "public.todo_db_version"))
+    elif revision == REVISION:
+        lines = await driver.fetch(STATEMENT, OBJECTS)
+        explained = {finding.subject.rpartition(" on ")[2] for finding in found}
+        found += [
+            _further(code, line)
+            for code, line in differences(catalogued((row[0], row[1]) for row in lines), explained)
+        ]
     return revision
 
 
@@ -183,6 +229,5 @@ def _line(socket: BaseTransport) -> Line:
     return "TLS, verified" if sound else "TLS, not verified"
 
 
-def _finding(code: str, subject: str) -> Finding:
-    check = CHECKS[code]
-    return Finding(code, subject, check.problem, check.remedy.replace("{}", subject))
+def _further(code: str, subject: str) -> Finding:
+    return Finding(code, subject, *FURTHER[code])
