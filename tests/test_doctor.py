@@ -563,14 +563,14 @@ MISTAKES = (
     ),
     Weakness(
         "foreign-key-weak",
-        "labels_user_id_fkey on public.labels",
-        """ALTER TABLE labels DROP CONSTRAINT labels_user_id_fkey,
+        "fk_labels_user_id_users on public.labels",
+        """ALTER TABLE labels DROP CONSTRAINT fk_labels_user_id_users,
         ADD FOREIGN KEY (user_id) REFERENCES users ON DELETE CASCADE NOT VALID""",
     ),
     Weakness(
         "foreign-key-weak",
-        "labels_user_id_fkey on public.labels",
-        """ALTER TABLE labels DROP CONSTRAINT labels_user_id_fkey,
+        "fk_labels_user_id_users on public.labels",
+        """ALTER TABLE labels DROP CONSTRAINT fk_labels_user_id_users,
         ADD FOREIGN KEY (user_id) REFERENCES users""",
     ),
     Weakness(
@@ -582,7 +582,7 @@ MISTAKES = (
     Weakness(
         "foreign-key-missing",
         "public.labels",
-        "ALTER TABLE labels DROP CONSTRAINT labels_user_id_fkey",
+        "ALTER TABLE labels DROP CONSTRAINT fk_labels_user_id_users",
     ),
     # Unique keys
     *(
