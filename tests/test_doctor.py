@@ -563,13 +563,13 @@ MISTAKES = (
     ),
     Weakness(
         "foreign-key-weak",
-        "fk_labels_user_id_users on public.labels",
+        "labels_user_id_fkey on public.labels",
         """ALTER TABLE labels DROP CONSTRAINT fk_labels_user_id_users,
         ADD FOREIGN KEY (user_id) REFERENCES users ON DELETE CASCADE NOT VALID""",
     ),
     Weakness(
         "foreign-key-weak",
-        "fk_labels_user_id_users on public.labels",
+        "labels_user_id_fkey on public.labels",
         """ALTER TABLE labels DROP CONSTRAINT fk_labels_user_id_users,
         ADD FOREIGN KEY (user_id) REFERENCES users""",
     ),
