@@ -1,10 +1,14 @@
 import asyncio
+import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import asyncpg
@@ -13,11 +17,13 @@ from typer.testing import CliRunner, Result
 
 from todo_db import Database, cli
 from todo_db.cli import app, demo
+from todo_db.doctor import Report
 from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
 from todo_db.environment import LOCK_SQL
 from todo_db.errors import TaskNotFoundError, UnavailableError
 from todo_db.migrations import script_directory
 from todo_db.models import REVISION
+from todo_db.records import Health
 
 MARKER = "hunter2"
 
@@ -404,8 +410,8 @@ class TestUrl:
         result = CliRunner().invoke(app.app, ["url"])
         assert "DATABASE_URL is not set: using the embedded PostgreSQL" in result.stderr
         assert result.stdout.startswith("postgresql://todo_owner@/todo?host=")
-        assert (folder / ".todo-db" / "PG_VERSION").exists()
-        assert not (folder / ".todo-db" / "postmaster.pid").exists()
+        assert (folder / ".todo-db" / "data" / "PG_VERSION").exists()
+        assert not (folder / ".todo-db" / "data" / "postmaster.pid").exists()
 
 
 class TestPsql:
@@ -436,6 +442,22 @@ class TestPsqlWithTls:
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.setenv("WANTED", f"{self.URL}&sslrootcert=system")
         assert run("psql").exit_code == 7
+
+    def test_C4_ctrl_c_is_for_psql(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("DATABASE_URL", self.URL)
+        program = tmp_path / "psql"
+        program.write_text("#!/bin/sh\ntrap 'exit 5' INT\necho ready\nsleep 30 & wait\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        command = [sys.executable, "-c", "from todo_db.cli import main; main()", "psql"]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as running:
+            assert running.stdout is not None
+            assert running.stdout.readline() == "ready\n"
+            # A terminal sends it to every process of the group.
+            os.killpg(running.pid, signal.SIGINT)
+            assert running.wait(30) == 5
 
     def test_says_so_where_there_is_none(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -468,10 +490,10 @@ class TestServe:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as serving:
             assert serving.stdout is not None
             assert serving.stdout.readline().startswith("DATABASE_URL=postgresql://")
-            assert (folder / ".todo-db" / "postmaster.pid").exists()
+            assert (folder / ".todo-db" / "data" / "postmaster.pid").exists()
             serving.send_signal(stop)
             assert serving.wait(30) == 0
-        assert not (folder / ".todo-db" / "postmaster.pid").exists()
+        assert not (folder / ".todo-db" / "data" / "postmaster.pid").exists()
 
 
 class TestMain:
@@ -494,3 +516,35 @@ class TestMain:
         monkeypatch.setitem(sys.modules, "todo_db.cli.seed", None)
         with pytest.raises(ModuleNotFoundError):
             cli.main()
+
+    def test_C4_output_that_cannot_be_written_is_one_line(self) -> None:
+        command = [sys.executable, "-c", "from todo_db.cli import main; main()", "--version"]
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                command, check=False, stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        assert done.returncode == 1
+        assert done.stderr == "The output cannot be written: No space left on device\n"
+
+
+class TestJson:
+    """With `--json`, standard output is one JSON text, for a program."""
+
+    @pytest.mark.usefixtures("set_url")
+    @pytest.mark.parametrize(
+        ("command", "members"),
+        [
+            (["migrate"], {"revision"}),
+            (["seed", "--tasks", "3"], {"users", "tasks", "created"}),
+            (["url"], {"url"}),
+            (["health"], {field.name for field in fields(Health)}),
+            (["doctor"], {field.name for field in fields(Report)}),
+        ],
+    )
+    def test_has_what_the_command_says(self, command: list[str], members: set[str]) -> None:
+        assert json.loads(run(*command, "--json").stdout).keys() == members
+
+
+class TestVersion:
+    def test_is_that_of_the_package(self) -> None:
+        assert run("--version").stdout == f"todo-db {version('todo-db')}\n"

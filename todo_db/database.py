@@ -310,9 +310,9 @@ class Database:
                 begun = time.perf_counter()
                 server_version, revision = await self._read(_STATE)
         except TimeoutError:
-            problem = CallTimeoutError.__name__
+            failure: TodoDBError = CallTimeoutError("the database did not answer in time")
         except TodoDBError as error:
-            problem = type(error).__name__
+            failure = error
         else:
             latency = time.perf_counter() - begun
             is_current = revision is not None and revision >= REVISION
@@ -326,6 +326,7 @@ class Database:
                 form_reason=self._form_reason,
                 pool=self._pool.status,
                 problem=None if is_current else SchemaError.__name__,
+                detail=None if is_current else str(SchemaError()),
             )
         return Health(
             ok=False,
@@ -336,7 +337,8 @@ class Database:
             round_trips=self._round_trips,
             form_reason=self._form_reason,
             pool=self._pool.status,
-            problem=problem,
+            problem=type(failure).__name__,
+            detail=str(failure),
         )
 
     @property

@@ -81,6 +81,7 @@ class Health:
         form_reason: Why a single call is in one trip, or not.
         pool: The state of the connection pool.
         problem: The name of the error class when `ok` is false.
+        detail: What that error says: what is wrong and what to do, without a value.
     """
 
     ok: bool
@@ -92,3 +93,4 @@ class Health:
     form_reason: str | None
     pool: PoolStatus
     problem: str | None
+    detail: str | None

@@ -1,7 +1,9 @@
 """The `todo-db` command (extra `cli`)."""
 
 import logging
+import os
 import sys
+from typing import NoReturn
 
 
 def main() -> None:
@@ -14,4 +16,21 @@ def main() -> None:
         sys.exit("The command line is an extra: pip install 'todo-db[cli]'")
     # Retries are logged as warnings; on the command line only the outcome matters.
     logging.basicConfig(level=logging.ERROR)
-    app()
+    try:
+        app()
+    except OSError as error:
+        _give_up(error)
+    finally:
+        # What is still in the buffer fails here, and not while Python ends.
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            _give_up(error)
+
+
+def _give_up(error: OSError) -> NoReturn:
+    """Say that the output cannot be written, such as to a full disk, and exit with status 1."""
+    sys.stderr.write(f"The output cannot be written: {error.strerror}\n")
+    # Python would try to write the rest once more.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)

@@ -1,6 +1,7 @@
 """The commands. Messages go to standard error, results to standard output."""
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ import time
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -41,13 +43,35 @@ from todo_db.records import Health
 from todo_db.settings import Settings
 
 app: Final = typer.Typer(
-    help="The data layer of a multi-user todo application.",
     no_args_is_help=True,
     # Its tracebacks print local variables: URLs, titles, ids.
     pretty_exceptions_enable=False,
 )
 _out: Final = Console()
 _messages: Final = Console(stderr=True)
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for a program.")]
+
+
+def _print_version(wanted: bool) -> None:  # noqa: FBT001  # typer's callback
+    if wanted:
+        _out.print(f"todo-db {version('todo-db')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """The data layer of a multi-user todo application."""
+
+
+def _print_json(value: object) -> None:
+    _out.print(json.dumps(value, indent=2), soft_wrap=True, markup=False, highlight=False)
 
 
 @contextmanager
@@ -104,10 +128,16 @@ def demo() -> None:
 
 
 @app.command()
-def migrate(revision: Annotated[str, typer.Argument(help="Target revision.")] = "head") -> None:
+def migrate(
+    revision: Annotated[str, typer.Argument(help="Target revision.")] = "head",
+    *,
+    as_json: _Json = False,
+) -> None:
     """Migrate the database, to the newest revision by default."""
     with _report_errors(), database_url(_messages, direct=True) as url:
         place = asyncio.run(migrations.upgrade(url, revision))
+        if as_json:
+            _print_json({"revision": place})
         _messages.print(f"Migrated: the database is at {place}.", style="green", highlight=False)
 
 
@@ -202,6 +232,8 @@ def login(
 def seed(
     users: Annotated[int, typer.Option(min=1, max=100_000, help="How many users.")] = 2,
     tasks: Annotated[int, typer.Option(min=0, max=10_000_000, help="How many tasks in all.")] = 10,
+    *,
+    as_json: _Json = False,
 ) -> None:
     """Store example users and tasks; a second run does not store them again."""
 
@@ -217,11 +249,14 @@ def seed(
         with database_url(_messages, direct=True) as owners:
             asyncio.run(migrations.upgrade(owners))
         created = asyncio.run(run(url))
-        _out.print(f"{users} users and {tasks} tasks are there; {created} tasks are new.")
+        if as_json:
+            _print_json({"users": users, "tasks": tasks, "created": created})
+        else:
+            _out.print(f"{users} users and {tasks} tasks are there; {created} tasks are new.")
 
 
 @app.command()
-def health() -> None:
+def health(*, as_json: _Json = False) -> None:
     """Show whether the database answers and is migrated; exit with 1 if not."""
 
     async def run(url: str) -> Health:
@@ -233,19 +268,25 @@ def health() -> None:
 
     with _report_errors(), database_url(_messages) as url:
         state = asyncio.run(run(url))
-    table = Table(show_header=False)
-    for name, value in asdict(state).items():
-        table.add_row(name, Text(str(value)))
-    _out.print(table)
+    if as_json:
+        _print_json(asdict(state))
+    else:
+        table = Table(show_header=False)
+        for name, value in asdict(state).items():
+            table.add_row(name, Text(str(value)))
+        _out.print(table)
     if not state.ok:
         raise typer.Exit(1)
 
 
 @app.command()
-def doctor() -> None:
+def doctor(*, as_json: _Json = False) -> None:
     """Find every known weakness of the database, the URL and the role; exit with 1 if any."""
     with _report_errors(), database_url(_messages) as url:
         report = asyncio.run(examine(Settings(database_url=SecretStr(url))))
+    if as_json:
+        _print_json(asdict(report))
+        raise typer.Exit(bool(report.findings))
     about = Table(show_header=False)
     about.add_row("server", f"PostgreSQL {report.server_version}")
     about.add_row("migration", report.revision or "unknown")
@@ -275,11 +316,15 @@ def _for_libpq(url: URL, *, hide_password: bool) -> str:
 def url(
     *,
     show_password: Annotated[bool, typer.Option(help="Print the password too.")] = False,
+    as_json: _Json = False,
 ) -> None:
     """Print the URL of the database in the form that psql accepts."""
     with _report_errors(), database_url(_messages) as found:
         shown = _for_libpq(parse_url(found).libpq_url(), hide_password=not show_password)
-        _out.print(shown, soft_wrap=True, markup=False, highlight=False)
+        if as_json:
+            _print_json({"url": shown})
+        else:
+            _out.print(shown, soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command(
@@ -297,11 +342,16 @@ def psql(context: typer.Context) -> None:
         # Every user of the machine can see the arguments of a process, but not its environment.
         secret = {"PGPASSWORD": str(parsed.password)} if parsed.password else {}
         public = _for_libpq(parsed._replace(password=None), hide_password=False)
-        done = subprocess.run(  # noqa: S603  # the user's own command line
-            [program, public, *context.args],
-            check=False,
-            env=os.environ | secret,
-        )
+        # Ctrl-C is for psql, which ends a query by it. A handler is not inherited, and SIG_IGN is.
+        before = signal.signal(signal.SIGINT, lambda *_: None)
+        try:
+            done = subprocess.run(  # noqa: S603  # the user's own command line
+                [program, public, *context.args],
+                check=False,
+                env=os.environ | secret,
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
     raise typer.Exit(done.returncode)
 
 
