@@ -11,7 +11,8 @@ from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
 import httpx
 from better_auth import PASSWORD
@@ -81,15 +82,27 @@ async def chromium_browser() -> AsyncGenerator[Browser]:
 class Person:
     """A user of the page, in a separate browser context."""
 
-    def __init__(self, browser: Browser, address: str, name: str) -> None:
+    def __init__(
+        self,
+        browser: Browser,
+        address: str,
+        name: str,
+        *,
+        scheme: Literal["light", "dark"] = "light",
+        width: int = 760,
+    ) -> None:
         self._browser = browser
-        self._address = address
+        self._scheme: Literal["light", "dark"] = scheme
+        self._width = width
+        self.address = address
         self.name = name
         self.email = f"{name.lower()}@example.org"
         self.complaints: list[str] = []
 
     async def __aenter__(self) -> Self:
-        self._preamble = await self._browser.new_context(viewport={"width": 760, "height": 710})
+        self._preamble = await self._browser.new_context(
+            viewport={"width": self._width, "height": 710}, color_scheme=self._scheme
+        )
         await self.open()
         return self
 
@@ -102,7 +115,7 @@ class Person:
         self.page.set_default_timeout(10_000)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", self._hear)
-        await self.page.goto(f"{self._address}{path}")
+        await self.page.goto(f"{self.address}{path}")
         self.form = self.page.locator("form.edit")
         self.news = self.page.locator("#news")
 
@@ -163,10 +176,27 @@ class Person:
 
     async def look(self, state: str) -> None:
         """Check the page for barriers in this state, and store a picture of it."""
+        # A colour that is changing would be measured.
+        await self.page.evaluate(
+            "Promise.all(document.getAnimations().map((animation) => animation.finish()))"
+            if state.endswith("list")
+            else "undefined"
+        )
+        if SCREENSHOTS is not None:
+            path = Path(SCREENSHOTS) / f"{state}.png"
+            await self.page.screenshot(path=path, full_page=True, animations="disabled")
+        assert await self.page.evaluate("document.documentElement.scrollWidth") == self._width
         await self.page.evaluate(axe())
         assert await self.page.evaluate(_VIOLATIONS) == []
-        if SCREENSHOTS is not None:
-            await self.page.screenshot(path=Path(SCREENSHOTS) / f"{state}.png")
+
+    @property
+    def query(self) -> str:
+        return urlsplit(self.page.url).query
+
+    async def find(self, title: str) -> dict[str, Any]:
+        """Return a task that the server has."""
+        items = json.loads((await self.send("/api/tasks"))[1])["items"]
+        return next(dict(item) for item in items if item["title"] == title)
 
     async def focused(self) -> str:
         """Return the name of the element that has the keyboard focus."""
