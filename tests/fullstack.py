@@ -177,13 +177,11 @@ class Person:
     async def look(self, state: str) -> None:
         """Check the page for barriers in this state, and store a picture of it."""
         # A colour that is changing would be measured.
-        await self.page.evaluate(
-            "Promise.all(document.getAnimations().map((animation) => animation.finish()))"
-            if state.endswith("list")
-            else "undefined"
+        await self.page.wait_for_function(
+            "document.getAnimations().every((one) => one.effect.getTiming().iterations > 1)"
         )
         if SCREENSHOTS is not None:
-            path = Path(SCREENSHOTS) / f"{state}.png"
+            path = Path(SCREENSHOTS) / f"{self._scheme}-{self._width}-{state}.png"
             await self.page.screenshot(path=path, full_page=True, animations="disabled")
         assert await self.page.evaluate("document.documentElement.scrollWidth") == self._width
         await self.page.evaluate(axe())

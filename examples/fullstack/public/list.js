@@ -11,6 +11,7 @@ const LONGEST_PAGE = 100;
 const rows = new Set();
 const gone = new Set(); // ids: the answer to an older request may still contain them
 let newest = null; // the last request for a list: the answer to an older one is ignored
+let loading = Promise.resolve(); // until that request is answered
 let cursor = null; // of the next page
 let applied = new URLSearchParams(); // the filter of what is shown
 
@@ -69,7 +70,8 @@ async function load({ limit = PAGE } = {}) {
 }
 
 export function reload(options) {
-  return attempt([], () => load(options), $("list-alert"));
+  loading = attempt([], () => load(options), $("list-alert"));
+  return loading;
 }
 
 function show(page) {
@@ -149,14 +151,15 @@ async function add({ title, description }) {
   if (fields.title.value === title) fields.title.value = "";
   if (fields.description.value === description) fields.description.value = "";
   fields.title.focus();
-  place(said);
+  announce(`Added “${said.title}”.`);
+  await place(said);
 }
 
 // A new task is the first one in whatever order, so that it is seen.
-function place(task) {
-  announce(`Added “${task.title}”.`);
-  if (!$("list-failure").hidden || $("list-area").ariaBusy === "true") {
-    reload();
+async function place(task) {
+  await loading;
+  if (!$("list-failure").hidden) {
+    await reload();
   } else if (matches(task)) {
     const [row] = rowsOf([task]);
     row.node.classList.add("fresh");
