@@ -177,8 +177,10 @@ class Person:
     async def look(self, state: str) -> None:
         """Check the page for barriers in this state, and store a picture of it."""
         # A colour that is changing would be measured.
-        await self.page.wait_for_function(
-            "document.getAnimations().every((one) => one.effect.getTiming().iterations > 1)"
+        await self.page.evaluate(
+            "Promise.allSettled(document.getAnimations()"
+            ".filter((one) => Number.isFinite(one.effect.getTiming().iterations))"
+            ".map((one) => one.finished)).then(() => null)"
         )
         if SCREENSHOTS is not None:
             path = Path(SCREENSHOTS) / f"{self._scheme}-{self._width}-{state}.png"
