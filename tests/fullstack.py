@@ -207,6 +207,14 @@ class Person:
             )
         )
 
+    async def leave(self) -> None:
+        """Delete the account, whatever the page shows, so that the next test can sign up."""
+        await self._preamble.request.post(
+            f"{self.address}/api/auth/delete-user",
+            data={"password": PASSWORD},
+            headers={"origin": self.address},
+        )
+
     async def send(
         self,
         path: str,

@@ -99,10 +99,7 @@ async def alice(chromium: Browser, address: str) -> AsyncGenerator[Person]:
     async with Person(chromium, address, "Alice") as alice:
         await alice.sign_up()
         yield alice
-        # The next test starts without her account.
-        if await alice.page.locator("#tasks").is_visible():
-            await alice.delete_account()
-            await expect(alice.page.locator("#door")).to_be_visible()
+        await alice.leave()
     assert alice.complaints == []
 
 
@@ -111,8 +108,7 @@ async def bob(chromium: Browser, address: str) -> AsyncGenerator[Person]:
     async with Person(chromium, address, "Bob") as bob:
         await bob.sign_up()
         yield bob
-        await bob.delete_account()
-        await expect(bob.page.locator("#door")).to_be_visible()
+        await bob.leave()
     assert bob.complaints == []
 
 
