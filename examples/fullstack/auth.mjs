@@ -48,6 +48,8 @@ export const options = {
     modelName: "verifications",
     fields: { expiresAt: "expires_at", ...timestamps },
   },
+  // Only for a header that clients cannot write: server.mjs sets it to the address of the socket.
+  advanced: { ipAddress: { ipAddressHeaders: ["x-forwarded-for"] } },
   plugins: [
     jwt({
       schema: {

@@ -1,7 +1,8 @@
 // In the role of Next.js: serves the page, runs Better Auth, and forwards API requests to FastAPI.
 // The browser sees one origin, so it sends its session cookie to both.
-import { readFileSync } from "node:fs";
+import { readdirSync, readFileSync } from "node:fs";
 import { createServer, request as send } from "node:http";
+import { extname } from "node:path";
 
 import { toNodeHandler } from "better-auth/node";
 
@@ -11,16 +12,20 @@ const api = new URL(process.env.TODO_API_URL);
 const own = new URL(process.env.BETTER_AUTH_URL);
 const port = Number(process.env.PORT ?? 3000);
 
-const page = (name, type) => ({
-  type: `${type}; charset=utf-8`,
-  body: readFileSync(new URL(`public/${name}`, import.meta.url)),
-});
-const pages = new Map([
-  ["/", page("index.html", "text/html")],
-  ["/app.js", page("app.js", "text/javascript")],
-  ["/style.css", page("style.css", "text/css")],
-  ["/icon.svg", page("icon.svg", "image/svg+xml")],
-]);
+const types = {
+  ".css": "text/css",
+  ".html": "text/html",
+  ".js": "text/javascript",
+  ".svg": "image/svg+xml",
+};
+const folder = new URL("public/", import.meta.url);
+// Read once, so that a request cannot name any other file.
+const pages = new Map(
+  readdirSync(folder).map((name) => [
+    name === "index.html" ? "/" : `/${name}`,
+    { type: `${types[extname(name)]}; charset=utf-8`, body: readFileSync(new URL(name, folder)) },
+  ]),
+);
 const headers = {
   "content-security-policy":
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; " +
@@ -68,6 +73,8 @@ const handleAuth = toNodeHandler(auth);
 
 const server = createServer((request, response) => {
   const [path] = request.url.split("?", 1);
+  // Better Auth counts the attempts of an address. Clients can write this header, so replace it.
+  request.headers["x-forwarded-for"] = request.socket.remoteAddress ?? "";
   if (path.startsWith("/api/auth/")) {
     handleAuth(request, response).catch((error) => {
       console.error(error);
@@ -83,7 +90,7 @@ const server = createServer((request, response) => {
     }
   } else if (path === "/" && request.headers.host !== own.host) {
     // With another host name, such as localhost, Better Auth would refuse every sign-in.
-    response.writeHead(307, { location: own.href }).end();
+    response.writeHead(307, { location: new URL(request.url, own).href }).end();
   } else if (!pages.has(path)) {
     problem(response, 404, "Not Found");
   } else if (request.method !== "GET" && request.method !== "HEAD") {

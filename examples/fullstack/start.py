@@ -36,7 +36,7 @@ def install() -> None:
     last_written = HERE / "node_modules" / ".package-lock.json"
     wanted = HERE / "package.json"
     if not last_written.exists() or last_written.stat().st_mtime < wanted.stat().st_mtime:
-        npm = ["npm", "install", "--no-audit", "--no-fund"]
+        npm = ["npm", "install", "--omit=dev", "--no-audit", "--no-fund"]
         subprocess.run(npm, cwd=HERE, check=True)  # noqa: S603  # no user input
 
 
