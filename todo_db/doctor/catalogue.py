@@ -317,11 +317,12 @@ EXPECTED: Final[Catalogue] = {
     "functions": {
         (
             "CREATE OR REPLACE FUNCTION public.find_credential(session_token text, key_id text)"
-            " RETURNS TABLE(user_id text, public_key text) LANGUAGE sql STABLE SECURITY DEFINER"
-            " SET search_path TO '' AS $function$"
-            " SELECT s.user_id, NULL::text FROM public.sessions s"
+            " RETURNS TABLE(user_id text, public_key text, algorithm text, expires_at timestamp"
+            " with time zone) LANGUAGE sql STABLE SECURITY DEFINER SET search_path TO ''"
+            " AS $function$"
+            " SELECT s.user_id, NULL::text, NULL::text, NULL::timestamptz FROM public.sessions s"
             " WHERE s.token = find_credential.session_token AND s.expires_at > pg_catalog.now()"
-            " UNION ALL SELECT NULL::text, k.public_key FROM public.jwks k"
+            " UNION ALL SELECT NULL::text, k.public_key, k.alg, k.expires_at FROM public.jwks k"
             " WHERE k.id = find_credential.key_id AND (k.expires_at IS NULL"
             " OR k.expires_at > pg_catalog.now() - interval '30 days') $function$"
         ),
@@ -363,7 +364,7 @@ EXPECTED: Final[Catalogue] = {
                 ("INSERT", "tasks", ("user_id", "title", "description", "completed")),
                 ("UPDATE", "tasks", ("title", "description", "completed")),
                 ("INSERT", "users", ("id", "email", "name", "username", "image")),
-                ("UPDATE", "users", ("name", "username", "image")),
+                ("UPDATE", "users", ("email", "name", "username", "image")),
             )
             for column in columns
         ),
