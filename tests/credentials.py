@@ -522,9 +522,7 @@ def _refused_jwts(issued: Issued) -> dict[str, Credential]:
             for name in MISLABELLED
             for algorithm in SIGNED_BY
         },
-        **{
-            f"{algorithm} by another key": by(algorithm, issued.key.id) for algorithm in SIGNED_BY
-        },
+        **{f"{algorithm} by another key": by(algorithm, issued.key.id) for algorithm in SIGNED_BY},
         "jwt of a banned user": bearer(issued.key.jwt(banned=True)),
         "no kid": _with_header(issued.key, kid=None),
         "kid null": bearer(jwt({"alg": "EdDSA", "kid": None}, claims(), issued.key.private.sign)),

@@ -81,7 +81,8 @@ class TestAllow:
 
 class TestList:
     @pytest.mark.parametrize(
-        "item", ["*", "https://*", "https://a.*.org", "https://a*.org", "http://x:*", "http://?.org"]
+        "item",
+        ["*", "https://*", "https://a.*.org", "https://a*.org", "http://x:*", "http://?.org"],
     )
     def test_refuses_other_wildcards(self, item: str) -> None:
         with pytest.raises(ConfigurationError, match="BETTER_AUTH_TRUSTED_ORIGINS"):

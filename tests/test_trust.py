@@ -43,7 +43,9 @@ class TestBetterAuth:
         assert found.origins.trusted == {origin}
         assert found.secret == b"swordfish"
 
-    @pytest.mark.parametrize("url", ["x", "", "//x", "ftp://x", "http://", "http://x:y", "http://["])
+    @pytest.mark.parametrize(
+        "url", ["x", "", "//x", "ftp://x", "http://", "http://x:y", "http://["]
+    )
     def test_needs_a_usable_url(self, url: str) -> None:
         with pytest.raises(ConfigurationError, match="BETTER_AUTH_URL") as caught:
             trust(**BETTER_AUTH | {"better_auth_url": url})
