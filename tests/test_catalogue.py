@@ -152,7 +152,7 @@ class TestRead:
             ("grants", "GRANT INSERT (id) ON tasks TO todo_app"),
             ("grants", "GRANT UPDATE (user_id) ON tasks TO todo_app"),
             ("grants", "GRANT UPDATE (updated_at) ON tasks TO todo_app"),
-            ("grants", "GRANT UPDATE (email) ON users TO todo_app"),
+            ("grants", "GRANT UPDATE (email_verified) ON users TO todo_app"),
             ("grants", "GRANT INSERT (email_verified) ON users TO todo_app"),
             ("grants", "GRANT SELECT ON tasks TO todo_app WITH GRANT OPTION"),
             ("grants", "GRANT SELECT ON tasks TO PUBLIC"),

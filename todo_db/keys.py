@@ -157,7 +157,8 @@ def verifying_key(entry: object, algorithm: str | None = None) -> jwt.PyJWK | No
 def _usable(fetched: Any) -> dict[str, jwt.PyJWK]:  # noqa: ANN401  # JSON
     """Return the usable keys of a JWK Set, by their ids."""
     found: dict[str, jwt.PyJWK] = {}
-    for entry in fetched["keys"] if isinstance(fetched.get("keys"), list) else []:
+    entries = fetched.get("keys")
+    for entry in cast("list[object]", entries) if isinstance(entries, list) else []:
         key = verifying_key(entry)
         if key is not None and isinstance(key.key_id, str):
             found[key.key_id] = key
