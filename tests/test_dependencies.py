@@ -15,11 +15,9 @@ import pytest_asyncio
 from credentials import SECRET, URL, Key, add_key, add_session, bearer, cookie, signed
 from driver import Connection
 from fastapi import Depends, FastAPI, HTTPException, WebSocket
-from fastapi.testclient import TestClient
 from starlette.requests import HTTPConnection
-from starlette.testclient import WebSocketDenialResponse
 from starlette.websockets import WebSocketDisconnect
-from web import client, server
+from web import TestClient, WebSocketDenialResponse, client, server
 
 from todo_db import (
     ConfigurationError,
@@ -389,9 +387,8 @@ class TestWords:
             inputs.text("title", 5, 1)
 
         async with client(app) as asking:
-            assert (await asking.post("/", json="x")).json()[
-                "detail"
-            ] == "Input should be an object"
+            wrong = await asking.post("/", json="x")
+            assert wrong.json()["detail"] == "Input should be an object"
             assert (await asking.get("/")).json()["detail"] == "must be a string"
 
 
