@@ -81,7 +81,7 @@ class TestForm:
         self, name: str, todo_postgres: EmbeddedPostgres, todo_database_name: str
     ) -> None:
         arguments, given = FORMS[name]
-        form = {"form": {}} | arguments
+        form: Json = {"form": {}} | arguments
         url = todo_postgres.url(user="postgres", database=todo_database_name)
         async with BetterAuth(url.replace(" ", "%20"), **form) as auth:
             alice = await auth.sign_up("Alice")
@@ -157,14 +157,15 @@ class TestNeonAuth:
             neon_auth_base_url=f"{neon.url}{neon.path}",
         )
         async with client(service(settings)) as asking:
+            refused = await sent(asking, Credential())
             tokens = {}
             for name in ("Alice", "Bob"):
                 browser = await neon.sign_up(name)
                 tokens[name] = (await ask(browser, "token", base=neon.path))["token"]
                 session = next(iter(browser.cookies.jar))
                 # Only Neon can verify a session.
-                refused = await sent(asking, cookie(unquote(str(session.value)), session.name))
-                assert refused.status_code == 401
+                answer = await sent(asking, cookie(unquote(str(session.value)), session.name))
+                assert (answer.status_code, answer.content) == (401, refused.content)
             for name, token in tokens.items():
                 headers = bearer(token).headers
                 created = await asking.post(f"/tasks?title=of+{name}", headers=headers)

@@ -31,10 +31,10 @@ from todo_db import (
     inputs,
 )
 from todo_db.fastapi import (
-    CurrentIdentity,
     CurrentUser,
     CurrentUserId,
     IdempotencyKey,
+    Identity,
     IfMatch,
     Tasks,
     current_user_id,
@@ -336,7 +336,8 @@ class TestOrder:
 
         async with client(app) as asking:
             headers = {"If-Match": "junk", "Idempotency-Key": ""}
-            for body in ({}, {"title": 1}, [], {"title": "x"}):
+            bodies: list[object] = [{}, {"title": 1}, [], {"title": "x"}]
+            for body in bodies:
                 anonymous = await asking.patch("/tasks/junk", headers=headers, json=body)
                 assert anonymous.status_code == 401
             known = await asking.patch("/tasks/junk", headers=headers | alice, json={})
@@ -498,7 +499,7 @@ class TestCurrentUser:
         monkeypatch.setattr("todo_db.fastapi.dependencies._MOST_SIGN_INS", 2)
         sign_ins = SignIns()
         for user_id in ("a", "b", "c", "b", "a"):
-            identity = CurrentIdentity.__origin__(user_id, f"{user_id}@example.org")
+            identity = Identity(user_id, f"{user_id}@example.org")
             await sign_ins.ensure(db.users, identity)
         assert list(sign_ins._emails) == ["c", "a"]
 
