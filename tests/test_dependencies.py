@@ -505,8 +505,11 @@ class TestCurrentUser:
 
 
 class TestReplaced:
-    async def test_user_is_not_asked_for_an_origin(self, url: str, db: Database) -> None:  # noqa: ARG002
+    async def test_user_is_believed(self, url: str, db: Database) -> None:  # noqa: ARG002
         app = service(url)
         app.dependency_overrides[current_user_id] = lambda: "alice"
         async with client(app) as asking:
             assert (await asking.post("/change", headers=EVIL)).json() == "alice"
+            # Neither is it stored, nor does the token count.
+            headers = {"Authorization": "Bearer junk"}
+            assert (await asking.get("/user", headers=headers)).json() == ["alice", None, None]

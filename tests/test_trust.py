@@ -155,4 +155,7 @@ class TestText:
         assert str(trust(jwt_issuer="x", jwks_url="http://y")) == (
             "JWTs of the issuer x for any audience with keys from http://y"
         )
+        shown = trust(jwt_issuer="x", jwks_url="https://u:swordfish@y:1/z?swordfish#swordfish")
+        assert str(shown).endswith("with keys from https://y:1/z")
+        assert "swordfish" not in repr(shown)
         assert "swordfish" not in repr(trust(**BETTER_AUTH))

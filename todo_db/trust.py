@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from typing import Final
+from urllib.parse import urlsplit
 
 from todo_db.errors import ConfigurationError
 from todo_db.origins import Origins, origin_of
@@ -26,7 +27,7 @@ class Trust:
 
     issuer: str
     audiences: tuple[str, ...]
-    jwks_url: str | None
+    jwks_url: str | None = field(repr=False)
     secret: bytes | None = field(repr=False)
     cookies: tuple[str, ...]
     origins: Origins
@@ -35,7 +36,7 @@ class Trust:
         parts = [
             f"JWTs of the issuer {self.issuer}",
             f"for {' or '.join(self.audiences)}" if self.audiences else "for any audience",
-            f"with keys from {self.jwks_url or 'the table jwks'}",
+            f"with keys from {_shown(self.jwks_url) if self.jwks_url else 'the table jwks'}",
         ]
         if self.secret is not None:
             parts.append(f"and sessions by the cookie {' or '.join(self.cookies)} or as a bearer")
@@ -135,6 +136,11 @@ def _cookies(settings: Settings, origin: str) -> tuple[str, ...]:
 def _origins(settings: Settings, origin: str | None) -> Origins:
     listed = (*settings.better_auth_trusted_origins, *([] if origin is None else [origin]))
     return Origins.of(listed, strict=settings.strict_origin)
+
+
+def _shown(url: str) -> str:
+    """Return a URL without its parts that can be secret."""
+    return f"{origin_of(url, 'TODO_DB_JWKS_URL')}{urlsplit(url).path}"
 
 
 def _checked(url: str | None) -> str | None:

@@ -31,7 +31,6 @@ from todo_db.authenticator import Authenticator, Identity
 from todo_db.database import Database
 from todo_db.fastapi.dependencies import (
     CurrentDatabase,
-    CurrentIdentity,
     CurrentUser,
     CurrentUserId,
     IdempotencyKey,
@@ -41,7 +40,6 @@ from todo_db.fastapi.dependencies import (
     Tasks,
     Users,
     current_database,
-    current_identity,
     current_user,
     current_user_id,
     etag,
@@ -56,7 +54,6 @@ from todo_db.trust import is_set
 __all__ = [
     "PROBLEMS",
     "CurrentDatabase",
-    "CurrentIdentity",
     "CurrentUser",
     "CurrentUserId",
     "IdempotencyKey",
@@ -67,7 +64,6 @@ __all__ = [
     "Tasks",
     "Users",
     "current_database",
-    "current_identity",
     "current_user",
     "current_user_id",
     "etag",

@@ -33,6 +33,8 @@ _ETAG: Final = re.compile(r'"(-?[0-9]{1,18})"')
 # A CHECK constraint refuses it, so no row has it.
 _NO_VERSION: Final = datetime(1, 1, 1, tzinfo=UTC)
 _MOST_SIGN_INS: Final = 10_000
+# Where the scope of a request has the identity. It is not there if `current_user_id` was replaced.
+_IDENTITY: Final = "todo_db.identity"
 _NO_LIFESPAN: Final = (
     "no Database was opened for this request: give the outermost FastAPI `lifespan=lifespan()` of"
     " todo_db.fastapi, or enter it in the lifespan that it has. httpx.ASGITransport does not run a"
@@ -144,14 +146,11 @@ async def current_identity(
         )
     ):
         raise ForbiddenOriginError
+    connection.scope[_IDENTITY] = identity
     return identity
 
 
-CurrentIdentity = Annotated[Identity, Depends(current_identity)]
-"""Who sent the request. Nothing is stored."""
-
-
-async def current_user_id(identity: CurrentIdentity) -> str:
+async def current_user_id(identity: Annotated[Identity, Depends(current_identity)]) -> str:
     """Return the id of the user who sent the request, by a cookie, a session token or a JWT.
 
     For another authentication, put a function of your own into `app.dependency_overrides`. Every
@@ -170,17 +169,21 @@ CurrentUserId = Annotated[str, Depends(current_user_id)]
 
 
 async def current_user(
-    identity: CurrentIdentity, connection: HTTPConnection, database: CurrentDatabase
+    user_id: CurrentUserId, connection: HTTPConnection, database: CurrentDatabase
 ) -> Identity:
     """Return who sent the request, and store a new user of another issuer in `users` first.
 
     That is done once for each user in a process. A changed e-mail address is stored too. Better
-    Auth stores its users itself, so for its credentials nothing is done.
+    Auth stores its users itself, so for its credentials nothing is done. Neither is it if
+    `current_user_id` was replaced by a function of your own: the result has the id alone then.
 
     Raises:
         InvalidInputError: The token has no claim `email`.
         EmailTakenError: The user is new, and another user has the e-mail address.
     """
+    identity: Identity | None = connection.scope.get(_IDENTITY)
+    if identity is None:
+        return Identity(user_id)
     if not _opened(connection, "todo_authenticator").stores_its_users:
         sign_ins: SignIns = _opened(connection, "todo_sign_ins")
         await sign_ins.ensure(database.users, identity)
