@@ -1,6 +1,8 @@
 """The real Better Auth in the forms that people run, and what is accepted and refused in each."""
 
+import asyncio
 import re
+import subprocess
 from collections.abc import AsyncGenerator
 from typing import Any, Final
 from urllib.parse import unquote
@@ -9,11 +11,23 @@ import httpx
 import pytest
 import pytest_asyncio
 from better_auth import BetterAuth, ask
-from credentials import Credential, Key, bearer, claims, cookie, jwt, signed
+from credentials import (
+    SECRET,
+    URL,
+    Credential,
+    Key,
+    add_session,
+    bearer,
+    claims,
+    cookie,
+    jwt,
+    signed,
+)
+from driver import Connection
 from fastapi import FastAPI
-from web import client
+from web import client, server
 
-from todo_db import Settings, TaskRecord
+from todo_db import Database, Settings, TaskRecord
 from todo_db.embedded import LOGIN, EmbeddedPostgres
 from todo_db.fastapi import CurrentUser, Tasks, install, lifespan
 
@@ -128,6 +142,43 @@ class TestForm:
                     assert answer.content == refused.content
                     alice.headers["Cookie"] = str(cookie(old, received.name).cookie)
                     assert await ask(alice, "get-session") is None
+
+
+class TestNode:
+    async def test_fetch_with_a_forwarded_cookie_passes_without_an_origin(
+        self, url: str, db: Database, owner: Connection
+    ) -> None:
+        script = """
+            const [url, cookie, origin] = process.argv.slice(1);
+            const headers = origin ? { cookie, origin } : { cookie };
+            const answer = await fetch(url, { method: "POST", headers });
+            console.log(answer.status);
+        """
+        sent_cookie = str(cookie(signed(await add_session(owner, "alice"))).cookie)
+        settings = Settings(database_url=url, better_auth_secret=SECRET, better_auth_url=URL)
+
+        async def status(*origin: str) -> str:
+            done = await asyncio.to_thread(
+                subprocess.run,
+                [
+                    "node",
+                    "--input-type=module",
+                    "-e",
+                    script,
+                    f"{at}/tasks?title=x",
+                    sent_cookie,
+                    *origin,
+                ],
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            return done.stdout.strip()
+
+        async with server(service(settings)) as at:
+            assert await status() == "200"
+            assert await status("http://localhost:3001") == "403"
+        assert await db.tasks.count("alice") == 1
 
 
 @pytest_asyncio.fixture

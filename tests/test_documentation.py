@@ -111,6 +111,18 @@ class TestOverride:
         assert set(schemes) == {"HTTPBasic"}
         assert required == {"/me": None, "/other": [{"HTTPBasic": []}], "/open": None}
 
+    def test_without_a_scheme_leaves_none_if_there_is_no_other(self) -> None:
+        app = FastAPI()
+        install(app)
+
+        @app.get("/me")
+        async def me(user_id: CurrentUserId) -> str:
+            return user_id
+
+        assert "securitySchemes" in app.openapi()["components"]
+        app.dependency_overrides[current_user_id] = by_header
+        assert "securitySchemes" not in app.openapi()["components"]
+
     @pytest.mark.parametrize("override", [by_key, by_key_of_another, KEY])
     def test_with_a_scheme_shows_that(self, override: Any) -> None:  # noqa: ANN401
         app = app_of()
