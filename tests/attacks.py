@@ -200,6 +200,11 @@ ATTACKS: Final = (
     ),
     Attack("users.update", lambda at, user_id, _: at.users.update(user_id, name="new"), MALLORYS),
     Attack(
+        "users.set_email",
+        lambda at, user_id, _: at.users.set_email(user_id, email="alice@example.org"),
+        EmailTakenError,
+    ),
+    Attack(
         "users.update",
         lambda at, user_id, _: at.users.update(user_id, username="alice"),
         UsernameTakenError,

@@ -64,25 +64,36 @@ class BetterAuth:
         version: The version of the package better-auth.
         port: The port to listen on; a free one by default.
         api_url: The server for all other requests.
+        form: Options of Better Auth, and `jwks` of its plugin `jwt`. Without the page then.
+        public_url: `BETTER_AUTH_URL`; the server's own by default.
+        secrets: `BETTER_AUTH_SECRETS`.
     """
 
     SECRET: Final = "known to these tests, and 32 characters at least"  # noqa: S105  # likewise
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # what a server can be given
         self,
         database_url: str,
         *,
         version: str = NEWEST,
         port: int | None = None,
         api_url: str = "http://127.0.0.1:1",
+        form: dict[str, Any] | None = None,
+        public_url: str = "{url}",
+        secrets: str = "",
     ) -> None:
         self._folder = installed(version)
         port = port or free_port()
         self.url = f"http://127.0.0.1:{port}"
+        self.public_url = public_url.format(url=self.url)
+        self.path = "/api/auth" if form is None else form.get("basePath", "/api/auth")
+        self._program = "server.mjs" if form is None else "form-server.mjs"
         self._environment = os.environ | {
             "DATABASE_URL": database_url,
             "BETTER_AUTH_SECRET": self.SECRET,
-            "BETTER_AUTH_URL": self.url,
+            "BETTER_AUTH_SECRETS": secrets,
+            "BETTER_AUTH_URL": self.public_url,
+            "FORM": json.dumps(form),
             "TODO_API_URL": api_url,
             "PORT": str(port),
         }
@@ -90,7 +101,7 @@ class BetterAuth:
 
     async def __aenter__(self) -> Self:
         self._process = subprocess.Popen(  # noqa: ASYNC220  # it is ended by a plain function, too
-            ["node", "server.mjs"],
+            ["node", self._program],
             cwd=self._folder,
             env=self._environment,
             stdout=subprocess.PIPE,
@@ -116,7 +127,10 @@ class BetterAuth:
     def browser(self) -> httpx.AsyncClient:
         """Return a client with cookies of its own."""
         browser = httpx.AsyncClient(
-            base_url=self.url, headers={"origin": self.url}, timeout=30, trust_env=False
+            base_url=self.url,
+            headers={"origin": "/".join(self.public_url.split("/")[:3])},
+            timeout=30,
+            trust_env=False,
         )
         self._browsers.append(browser)
         return browser
@@ -128,6 +142,7 @@ class BetterAuth:
             browser,
             "sign-up/email",
             {"name": name, "email": email or f"{name}@example.org", "password": PASSWORD},
+            base=self.path,
         )
         return browser
 
@@ -181,11 +196,16 @@ async def todo_api(database_url: str, auth_url: str) -> AsyncGenerator[httpx.Asy
 
 
 async def ask(
-    browser: httpx.AsyncClient, path: str, body: object = None, *, status: int = 200
+    browser: httpx.AsyncClient,
+    path: str,
+    body: object = None,
+    *,
+    status: int = 200,
+    base: str = "/api/auth",
 ) -> Any:  # noqa: ANN401  # JSON
     """Send a request to Better Auth, a POST if there is a body; return the answer."""
     method = "GET" if body is None else "POST"
-    answer = await browser.request(method, f"/api/auth/{path}", json=body)
+    answer = await browser.request(method, f"{base}/{path}", json=body)
     assert answer.status_code == status, answer.text
     return answer.json()
 

@@ -25,6 +25,7 @@ type Outcome = list[tuple[object, ...]] | tuple[str, str | None]
 NOTHING: Final[tuple[Outcome, ...]] = ([], [(0,)])
 """What a statement returns that found no row: none, or their number."""
 
+_NAMING: Final = ("tasks_create_keyed", "users_create", "users_ensure", "users_set_email")
 _MISSING: Final = BIGINT_MAX - 1
 _CHANGE: Final = re.compile(r"\b(?:INSERT|UPDATE|DELETE)\b")
 
@@ -80,7 +81,7 @@ def cases(rows: Rows, attacker: str, stranger: str) -> Iterator[Case]:
             yield Case(f"{shape} {name}", statement, user_id, usual | values)
         if usual.keys() & {"task_id", "task_ids"}:
             yield Case(f"{shape} foreign", statement, attacker, usual, is_foreign=True)
-        elif "after" in shape or shape in ("tasks_create_keyed", "users_create", "users_ensure"):
+        elif "after" in shape or shape in _NAMING:
             # The cursor, the key or the e-mail address is another user's.
             yield Case(f"{shape} of an attacker", statement, attacker, usual)
 
@@ -143,6 +144,9 @@ def _variants(
             yield "existing", own, {}
             yield "new", stranger, {"email": f"{stranger}@example.org"}
             yield "address taken", stranger, {}
+        case "users_set_email":
+            yield "own", own, {"email": "new@example.org"}
+            yield "missing", stranger, {}
         case "users_get" | "users_delete" | "users_update":
             yield "own", own, {}
             yield "missing", stranger, {}

@@ -15,7 +15,8 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, x25519
-from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.hazmat.primitives.hashes import SHA256, SHA512
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from driver import Connection
 
@@ -26,6 +27,7 @@ SECURE_COOKIE: Final = f"__Secure-{COOKIE}"
 _HOUR: Final = 3_600
 _RSA: Final = rsa.generate_private_key(65_537, 2_048)
 _P256: Final = ec.generate_private_key(ec.SECP256R1())
+_P521: Final = ec.generate_private_key(ec.SECP521R1())
 
 type Json = dict[str, Any]
 type Sign = Callable[[bytes], bytes]
@@ -124,6 +126,38 @@ def truncated(text: str) -> Iterator[str]:
     return (text[:length] for length in range(len(text)))
 
 
+def _rsa_jwk() -> Json:
+    numbers = _RSA.public_key().public_numbers()
+    n, e = (b64url(n.to_bytes((n.bit_length() + 7) // 8)) for n in (numbers.n, numbers.e))
+    return {"kty": "RSA", "n": n, "e": e}
+
+
+def _ec_jwk(key: ec.EllipticCurvePrivateKey, curve: str, size: int) -> Json:
+    point = key.public_key().public_numbers()
+    x, y = (b64url(n.to_bytes(size)) for n in (point.x, point.y))
+    return {"kty": "EC", "crv": curve, "x": x, "y": y}
+
+
+# By their algorithm, which Better Auth stores beside the key.
+JWKS: Final[dict[str, Json]] = {
+    "RS256": _rsa_jwk(),
+    "PS256": _rsa_jwk(),
+    "ES256": _ec_jwk(_P256, "P-256", 32),
+    "ES512": _ec_jwk(_P521, "P-521", 66),
+}
+# Keys with an algorithm that is not theirs, or that is not accepted.
+MISLABELLED: Final[dict[str, tuple[Json, str | None]]] = {
+    "RSA for EdDSA": (JWKS["RS256"], "EdDSA"),
+    "RSA for HS256": (JWKS["RS256"], "HS256"),
+    "RSA for RS512": (JWKS["RS256"], "RS512"),
+    "P-256 for ES512": (JWKS["ES256"], "ES512"),
+    "P-521 for ES256": (JWKS["ES512"], "ES256"),
+    "RSA for encryption": (JWKS["RS256"] | {"use": "enc"}, "RS256"),
+    "RSA that says HS256": (JWKS["RS256"] | {"alg": "HS256"}, "RS256"),
+    "RSA with a junk algorithm": (JWKS["RS256"] | {"alg": [1]}, "RS256"),
+}
+
+
 # Values of `jwks.public_key` that are not a usable key.
 NO_KEYS: Final[dict[str, str]] = {
     "another algorithm": json.dumps(
@@ -163,8 +197,9 @@ class Issued:
     other_key: Key = field(default_factory=Key)
     retired_key: Key = field(default_factory=Key)
     old_key: Key = field(default_factory=Key)
-    rsa_id: str = field(default_factory=lambda: token_hex(16))
-    p256_id: str = field(default_factory=lambda: token_hex(16))
+    ids: dict[str, str] = field(
+        default_factory=lambda: {name: token_hex(16) for name in (*JWKS, *MISLABELLED)}
+    )
 
 
 async def add_user(owner: Connection, user_id: str) -> None:
@@ -195,13 +230,19 @@ async def add_session(
 
 
 async def add_key(
-    owner: Connection, key_id: str, public_key: str, *, expires_days: int | None = None
+    owner: Connection,
+    key_id: str,
+    public_key: str,
+    *,
+    algorithm: str | None = None,
+    expires_days: int | None = None,
 ) -> None:
     await owner.execute(
-        "INSERT INTO jwks (id, public_key, private_key, expires_at)"
-        " VALUES ($1, $2, '', now() + make_interval(days => $3))",
+        "INSERT INTO jwks (id, public_key, private_key, alg, expires_at)"
+        " VALUES ($1, $2, '', $3, now() + make_interval(days => $4))",
         key_id,
         public_key,
+        algorithm,
         expires_days,
     )
 
@@ -224,13 +265,9 @@ async def issue(owner: Connection) -> Issued:
         (issued.old_key, -31),
     ):
         await add_key(owner, key.id, json.dumps(key.jwk), expires_days=days)
-    numbers = _RSA.public_key().public_numbers()
-    n, e = (b64url(n.to_bytes((n.bit_length() + 7) // 8)) for n in (numbers.n, numbers.e))
-    await add_key(owner, issued.rsa_id, json.dumps({"kty": "RSA", "n": n, "e": e}))
-    point = _P256.public_key().public_numbers()
-    x, y = (b64url(n.to_bytes(32)) for n in (point.x, point.y))
-    p256 = {"kty": "EC", "crv": "P-256", "x": x, "y": y}
-    await add_key(owner, issued.p256_id, json.dumps(p256))
+    for name, key_id in issued.ids.items():
+        jwk, algorithm = (JWKS[name], name) if name in JWKS else MISLABELLED[name]
+        await add_key(owner, key_id, json.dumps(jwk), algorithm=algorithm)
     for name, public_key in NO_KEYS.items():
         await add_key(owner, _named(name), public_key)
     return issued
@@ -265,6 +302,7 @@ def accepted(issued: Issued) -> dict[str, Credential]:
         "jwt of a key retired 29 days ago": bearer(issued.retired_key.jwt()),
         "jwt for several audiences": bearer(issued.key.jwt(aud=["https://other.example.org", URL])),
         "jwt by a server whose clock is ahead": bearer(issued.key.jwt(iat=int(time.time()) + 60)),
+        **{f"jwt by {name}": by(name, issued.ids[name]) for name in JWKS},
     }
 
 
@@ -284,8 +322,34 @@ def _by_rsa(message: bytes) -> bytes:
     return _RSA.sign(message, padding.PKCS1v15(), SHA256())
 
 
+def _by_pss(message: bytes) -> bytes:
+    return _RSA.sign(message, padding.PSS(padding.MGF1(SHA256()), SHA256().digest_size), SHA256())
+
+
+def _raw(signature: bytes, size: int) -> bytes:
+    return b"".join(number.to_bytes(size) for number in decode_dss_signature(signature))
+
+
 def _by_p256(message: bytes) -> bytes:
-    return _P256.sign(message, ec.ECDSA(SHA256()))
+    return _raw(_P256.sign(message, ec.ECDSA(SHA256())), 32)
+
+
+def _by_p521(message: bytes) -> bytes:
+    return _raw(_P521.sign(message, ec.ECDSA(SHA512())), 66)
+
+
+SIGNED_BY: Final[dict[str, Sign]] = {
+    "ES256": _by_p256,
+    "ES512": _by_p521,
+    "RS256": _by_rsa,
+    "PS256": _by_pss,
+}
+
+
+def by(algorithm: str, key_id: str, **changes: object) -> Credential:
+    """Return a JWT of a key of another kind than `Key`."""
+    header = {"alg": algorithm, "kid": key_id}
+    return bearer(jwt(header, claims(**changes), SIGNED_BY[algorithm]))
 
 
 def _with_header(key: Key, **changes: object) -> Credential:
@@ -434,15 +498,32 @@ def _refused_jwts(issued: Issued) -> dict[str, Credential]:
             jwt({"alg": "HS256", "kid": "a-secret"}, claims(), _by_hmac(SECRET.encode()))
         ),
         "RS256": bearer(jwt({"alg": "RS256", "kid": issued.key.id}, claims(), _by_rsa)),
-        "RS256 by an RSA key among the keys": bearer(
-            jwt({"alg": "RS256", "kid": issued.rsa_id}, claims(), _by_rsa)
-        ),
         "RS256 that says EdDSA": bearer(
-            jwt({"alg": "EdDSA", "kid": issued.rsa_id}, claims(), _by_rsa)
+            jwt({"alg": "EdDSA", "kid": issued.ids["RS256"]}, claims(), _by_rsa)
         ),
-        "ES256 by a P-256 key among the keys": bearer(
-            jwt({"alg": "ES256", "kid": issued.p256_id}, claims(), _by_p256)
+        "PS256 by a key for RS256": by("PS256", issued.ids["RS256"]),
+        "RS256 by a key for PS256": by("RS256", issued.ids["PS256"]),
+        "RS256 that says PS256": bearer(
+            jwt({"alg": "PS256", "kid": issued.ids["PS256"]}, claims(), _by_rsa)
         ),
+        "ES256 by a key for ES512": by("ES256", issued.ids["ES512"]),
+        "EdDSA by the attacker for ES256": bearer(
+            jwt({"alg": "EdDSA", "kid": issued.ids["ES256"]}, claims(), _FORGED)
+        ),
+        "HS256 by the RSA key's modulus": bearer(
+            jwt(
+                {"alg": "HS256", "kid": issued.ids["RS256"]},
+                claims(),
+                _by_hmac(json.dumps(JWKS["RS256"]).encode()),
+            )
+        ),
+        **{
+            f"key of {name}, by {algorithm}": by(algorithm, issued.ids[name])
+            for name in MISLABELLED
+            for algorithm in SIGNED_BY
+        },
+        **{f"{algorithm} by another key": by(algorithm, issued.key.id) for algorithm in SIGNED_BY},
+        "jwt of a banned user": bearer(issued.key.jwt(banned=True)),
         "no kid": _with_header(issued.key, kid=None),
         "kid null": bearer(jwt({"alg": "EdDSA", "kid": None}, claims(), issued.key.private.sign)),
         **{

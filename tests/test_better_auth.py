@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import json
 import logging
+import time
 import traceback
 from collections.abc import AsyncGenerator, Callable
 from types import SimpleNamespace
@@ -47,18 +48,20 @@ from todo_db import (
     Settings,
     TodoDBError,
     UnavailableError,
-    better_auth,
+    keys,
 )
-from todo_db.better_auth import Authenticator
+from todo_db.better_auth import Authenticator, Identity
 from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
+from todo_db.keys import TableKeys
 
 _ACCEPTED: Final = sorted(accepted(Issued()))
 _REFUSED: Final = sorted(refused(Issued()))
 _EXAMPLES: Final = settings(max_examples=100, deadline=None, database=None)
 
 
-def set_up(url: str = URL, secret: str = SECRET) -> Settings:
-    return Settings(database_url="postgresql://x/x", better_auth_secret=secret, better_auth_url=url)
+def set_up(url: str = URL, secret: str = SECRET, **others: Any) -> Settings:  # noqa: ANN401
+    given_ones = {"better_auth_secret": secret, "better_auth_url": url}
+    return Settings(database_url="postgresql://x/x", **given_ones, **others)
 
 
 async def asked(authenticator: Authenticator, credential: Credential) -> str:
@@ -79,6 +82,12 @@ async def refusal(authenticator: Authenticator, credential: Credential) -> NotAu
     assert error.__cause__ is None
     assert error.__context__ is None
     return error
+
+
+def kept(authenticator: Authenticator) -> list[str]:
+    """Return the ids of the keys that are in memory."""
+    assert isinstance(authenticator._keys, TableKeys)
+    return list(authenticator._keys._keys)
 
 
 class World:
@@ -245,11 +254,132 @@ class TestUserId:
             with pytest.raises(asyncpg.InsufficientPrivilegeError):
                 await login.fetch(f"SELECT 1 FROM {table}")
         found = await login.fetch("SELECT * FROM find_credential($1, $2)", alice, "")
-        assert [tuple(row) for row in found] == [("alice", None)]
+        assert [tuple(row) for row in found] == [("alice", None, None, None)]
         await login.close()
 
 
+class TestSettings:
+    @pytest.mark.parametrize("url", [URL, f"{URL}/", f"{URL}/api/auth", "HTTP://LocalHost:3000"])
+    async def test_of_a_url_with_one_origin_accept_the_same(self, url: str, world: World) -> None:
+        authenticator = Authenticator(world.database, set_up(url))
+        for name in ("cookie", "bearer session token", "jwt"):
+            assert await asked(authenticator, world.accepted[name]) == "alice"
+
+    async def test_may_name_issuer_and_audience(self, world: World) -> None:
+        given_ones = {"jwt_issuer": "https://issuer/", "jwt_audience": "a, b"}
+        authenticator = Authenticator(world.database, set_up(**given_ones))
+        key = world.issued.key
+        for audience in ("a", "b", ["x", "b"]):
+            credential = bearer(key.jwt(iss="https://issuer/", aud=audience))
+            assert await asked(authenticator, credential) == "alice"
+        for changes in (
+            {},
+            {"iss": "https://issuer", "aud": "a"},
+            {"iss": "https://issuer/"},
+            {"iss": "https://issuer/", "aud": None},
+            {"iss": "https://issuer/", "aud": "a, b"},
+        ):
+            await refusal(authenticator, bearer(key.jwt(**changes)))
+
+    async def test_of_an_issuer_alone_accept_any_audience(self, world: World) -> None:
+        authenticator = Authenticator(world.database, set_up(jwt_issuer="x"))
+        for audience in (None, "a", ["a"]):
+            credential = bearer(world.issued.key.jwt(iss="x", aud=audience))
+            assert await asked(authenticator, credential) == "alice"
+
+    @pytest.mark.parametrize("url", [URL, "https://todo.example.org"])
+    @pytest.mark.parametrize("name", [COOKIE, SECURE_COOKIE, "shop.session_token", "sid"])
+    async def test_name_the_one_cookie(self, name: str, url: str, world: World) -> None:
+        authenticator = Authenticator(world.database, set_up(url, session_cookie=name))
+        value = signed(world.issued.token)
+        assert await asked(authenticator, cookie(value, name)) == "alice"
+        for other in {COOKIE, SECURE_COOKIE, f"__Secure-{name}", name.upper()} - {name}:
+            await refusal(authenticator, cookie(value, other))
+
+    async def test_of_rotated_secrets_accept_cookies_of_the_newest_as_better_auth_does(
+        self, world: World
+    ) -> None:
+        secrets = set_up(secret="ancient", better_auth_secrets="2: new ,1:old")  # noqa: S106
+        authenticator = Authenticator(world.database, secrets)
+        token = world.issued.token
+        assert await asked(authenticator, cookie(signed(token, "new"))) == "alice"
+        for other in ("old", "ancient", "1:old", "2: new ,1:old", ""):
+            await refusal(authenticator, cookie(signed(token, other)))
+        assert await asked(authenticator, bearer(world.issued.key.jwt())) == "alice"
+
+    async def test_that_do_not_fit_are_told_once(
+        self, world: World, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for claim, word in (("iss", "issuer"), ("aud", "audience")):
+            caplog.clear()
+            authenticator = Authenticator(world.database, set_up())
+            for _ in range(2):
+                await refusal(authenticator, bearer(world.issued.key.jwt(**{claim: "other"})))
+                forged = claims(**{claim: "other"})
+                await refusal(
+                    Authenticator(world.database, set_up()),
+                    bearer(jwt(world.issued.key.header, forged, Key().private.sign)),
+                )
+            assert [record.getMessage() for record in caplog.records] == [
+                f"a JWT with a valid signature was refused: it has another {word}"
+            ]
+
+
+class TestIdentity:
+    async def test_of_a_session_is_its_user(self, world: World) -> None:
+        for name, is_from_cookie in (("cookie", True), ("bearer session token", False)):
+            credential = world.accepted[name]
+            assert await world.authenticator.identity(
+                cookie=credential.cookie, authorization=credential.authorization
+            ) == Identity("alice", is_from_cookie=is_from_cookie)
+
+    @pytest.mark.parametrize(
+        ("email", "name", "expected"),
+        [
+            ("a@b.org", "Alice", ("a@b.org", "Alice")),
+            (None, None, (None, None)),
+            ("", "", (None, None)),
+            (1, ["Alice"], (None, None)),
+        ],
+    )
+    async def test_of_a_jwt_has_what_it_contains(
+        self, email: object, name: object, expected: tuple[str | None, str | None], world: World
+    ) -> None:
+        token = world.issued.key.jwt(email=email, name=name)
+        identity = await world.authenticator.identity(authorization=f"Bearer {token}")
+        assert identity == Identity("alice", *expected)
+
+
 class TestKeys:
+    @pytest.mark.parametrize(("days", "seconds", "ok"), [(-1, 86_399, 0), (-1, 86_410, 1)])
+    async def test_a_retired_key_is_accepted_for_the_grace_period(
+        self, *, days: int, seconds: int, ok: int, database: Database, owner: Connection
+    ) -> None:
+        made = Key()
+        await add_key(owner, made.id, json.dumps(made.jwk), expires_days=days)
+        authenticator = Authenticator(database, set_up(jwks_grace_period_seconds=seconds))
+        for _ in range(2):
+            if ok:
+                assert await asked(authenticator, bearer(made.jwt())) == "alice"
+            else:
+                await refusal(authenticator, bearer(made.jwt()))
+
+    async def test_a_key_in_memory_ends_with_its_grace_period(
+        self, database: Database, owner: Connection, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = 1_000.0
+        started = time.time()
+        clock = SimpleNamespace(monotonic=lambda: now, time=lambda: started - 1_000 + now)
+        monkeypatch.setattr(keys, "time", clock)
+        made = Key()
+        await add_key(owner, made.id, json.dumps(made.jwk), expires_days=-1)
+        authenticator = Authenticator(database, set_up(jwks_grace_period_seconds=86_460))
+        for seconds in (0, 50):
+            now += seconds
+            assert await asked(authenticator, bearer(made.jwt())) == "alice"
+        now += 20
+        await refusal(authenticator, bearer(made.jwt()))
+
     async def test_a_jwt_of_a_deleted_user_is_still_valid(
         self, database: Database, key: Key
     ) -> None:
@@ -260,7 +390,8 @@ class TestKeys:
         self, database: Database, owner: Connection, key: Key, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         now = 1_000.0
-        monkeypatch.setattr(better_auth, "time", SimpleNamespace(monotonic=lambda: now))
+        clock = SimpleNamespace(monotonic=lambda: now, time=time.time)
+        monkeypatch.setattr(keys, "time", clock)
         authenticator = Authenticator(database, set_up())
         assert await asked(authenticator, bearer(key.jwt())) == "alice"
         await owner.execute("DELETE FROM jwks")
@@ -284,10 +415,10 @@ class TestKeys:
         authenticator = Authenticator(database, set_up())
         for _ in range(20):
             await refusal(authenticator, bearer(Key().jwt()))
-        assert authenticator._keys == {}
+        assert kept(authenticator) == []
         assert await asked(authenticator, bearer(key.jwt())) == "alice"
         await refusal(authenticator, bearer(jwt(key.header, claims(), Key().private.sign)))
-        assert list(authenticator._keys) == [key.id]
+        assert kept(authenticator) == [key.id]
 
 
 class TestRoundTrips:

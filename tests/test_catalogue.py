@@ -118,7 +118,7 @@ class TestRead:
             "GRANT INSERT (id) ON tasks TO todo_app",
             "GRANT UPDATE (user_id) ON tasks TO todo_app",
             "GRANT UPDATE (updated_at) ON tasks TO todo_app",
-            "GRANT UPDATE (email) ON users TO todo_app",
+            "GRANT UPDATE (email_verified) ON users TO todo_app",
             "GRANT INSERT (email_verified) ON users TO todo_app",
             "GRANT SELECT ON tasks TO todo_app WITH GRANT OPTION",
             "GRANT SELECT ON tasks TO PUBLIC",

@@ -669,6 +669,7 @@ ANSWERS: Final[dict[str, Outcome]] = {
         "alice", email="alice@example.org", name="Alice"
     ),
     "users.get": lambda db, _id, _at: db.users.get("alice"),
+    "users.set_email": lambda db, _id, _at: db.users.set_email("alice", email="new@example.org"),
     "users.update": lambda db, _id, _at: db.users.update("alice", name="new"),
 }
 IS_UNKNOWN: Final[dict[str, Outcome]] = {

@@ -26,6 +26,7 @@ from todo_db import (
     ConflictError,
     Database,
     EmailTakenError,
+    ForbiddenOriginError,
     IdempotencyKeyReusedError,
     InvalidCursorError,
     InvalidInputError,
@@ -89,13 +90,26 @@ _ANSWERS: Final[dict[type[TodoDBError], tuple[int, Json, Json]]] = {
         {},
     ),
     UserIdTakenError: (409, {"detail": str(UserIdTakenError()), "code": "UserIdTakenError"}, {}),
-    StaleTaskError: (412, {"detail": str(StaleTaskError()), "code": "StaleTaskError"}, {}),
+    StaleTaskError: (
+        412,
+        {
+            "detail": "The task does not have the version that If-Match names: it was changed, or"
+            " that is not the strong ETag of an earlier response.",
+            "code": "StaleTaskError",
+        },
+        {},
+    ),
     IdempotencyKeyReusedError: (
         409,
         {"detail": str(IdempotencyKeyReusedError()), "code": "IdempotencyKeyReusedError"},
         {},
     ),
     NotAuthenticatedError: (401, {}, {"www-authenticate": "Bearer"}),
+    ForbiddenOriginError: (
+        403,
+        {"detail": str(ForbiddenOriginError()), "code": "ForbiddenOriginError"},
+        {},
+    ),
     IsolationError: (500, {}, {}),
     SchemaError: (500, {}, {}),
     TransactionError: (500, {}, {}),
@@ -457,11 +471,24 @@ class TestIfMatch:
             *(f'"{"1" * 10_000}"', '"\x00"', '"\xff"', '"253402300800000000"'),
         ],
     )
-    async def test_fits_no_task_otherwise(self, header: str) -> None:
+    async def test_is_a_version_that_no_row_has_otherwise(self, header: str) -> None:
         async with client(versioned()) as asking:
             response = await asking.get("/", headers=[(b"if-match", header.encode())])
-        assert response.status_code == 412
-        assert problem(response)["code"] == "StaleTaskError"
+        assert (response.status_code, response.json()) == (200, "0001-01-01T00:00:00Z")
+
+    @pytest.mark.parametrize("header", ["", 'W/"1"', "junk"])
+    async def test_that_is_no_strong_etag_is_412_and_told_so(
+        self, header: str, signed_in: httpx.AsyncClient
+    ) -> None:
+        signed_in.headers.update(as_user("alice"))
+        task = (await signed_in.post("/tasks?title=old")).json()
+        sent = {"If-Match": header}
+        refused = await signed_in.patch(f"/tasks/{task['id']}?title=new", headers=sent)
+        assert refused.status_code == 412
+        assert "strong ETag" in problem(refused)["detail"]
+        assert (await signed_in.get(f"/tasks/{task['id']}")).json() == task
+        missing = await signed_in.patch("/tasks/999999?title=new", headers=sent)
+        assert missing.status_code == 404
 
     @pytest.mark.parametrize(
         "moment",
@@ -531,10 +558,23 @@ class TestCurrentUserId:
     async def test_needs_the_secret(
         self, url: str, alice: dict[str, str], caplog: pytest.LogCaptureFixture
     ) -> None:
+        caplog.set_level(logging.INFO, logger="todo_db")
         async with client(service(url, better_auth_secret=None)) as asking:
+            assert "the settings name no issuer" in caplog.text
             response = await asking.get("/me", headers=alice)
         assert (response.status_code, problem(response)) == (500, {})
         assert "BETTER_AUTH_SECRET" in caplog.text
+
+    async def test_is_checked_as_one_line_of_the_log_says(
+        self, url: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, logger="todo_db")
+        async with client(service(url)):
+            pass
+        told = [r.getMessage() for r in caplog.records if "credentials" in r.getMessage()]
+        assert len(told) == 1
+        assert told[0].startswith(f"credentials: JWTs of the issuer {URL} for {URL} with keys")
+        assert SECRET not in caplog.text
 
     async def test_needs_the_url_at_the_start(self, url: str) -> None:
         with pytest.raises(ConfigurationError, match="BETTER_AUTH_URL"):

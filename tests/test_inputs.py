@@ -251,6 +251,7 @@ METHODS: dict[str, dict[str, Method]] = {
         "users.ensure": lambda _, users, bad: users.ensure(bad, email="a@example.org", name=""),
         "users.get": lambda _, users, bad: users.get(bad),
         "users.update": lambda _, users, bad: users.update(bad, name="x"),
+        "users.set_email": lambda _, users, bad: users.set_email(bad, email="a@example.org"),
         "users.delete": lambda _, users, bad: users.delete(bad),
     },
     "title": {
@@ -309,6 +310,7 @@ METHODS: dict[str, dict[str, Method]] = {
     "email": {
         "create": lambda _, users, bad: users.create("alice", email=bad, name=""),
         "ensure": lambda _, users, bad: users.ensure("alice", email=bad, name=""),
+        "set_email": lambda _, users, bad: users.set_email("alice", email=bad),
     },
     "name": {
         "create": lambda _, users, bad: users.create("alice", email="a@example.org", name=bad),

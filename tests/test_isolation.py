@@ -468,9 +468,9 @@ class TestObjects:
 
 
 class TestOracles:
-    async def test_D1_email_cannot_be_changed(self, db: Database) -> None:
+    async def test_D1_whether_an_email_is_verified_cannot_be_changed(self, db: Database) -> None:
         async with db.transaction("alice") as tx:
-            for column in ("email", "email_verified", "created_at", "updated_at"):
+            for column in ("id", "email_verified", "created_at", "updated_at"):
                 assert await refusal(tx, f"UPDATE users SET {column} = DEFAULT") == "42501"
 
     async def test_D2_chosen_id_is_refused_whether_or_not_it_exists(

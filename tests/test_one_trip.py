@@ -443,6 +443,8 @@ class Play:
         await tell(users.ensure("dave", email="carol@example.org", name="Dave"))
         await tell(users.get("alice"))
         await tell(users.update("alice", name="Alice B.", image="https://example.org/a.png"))
+        await tell(users.set_email("alice", email="bob@example.org"))
+        await tell(users.set_email("alice", email="Alice@example.net"))
         await tell(users.update("alice", username=None))
         await tell(users.update("alice"))
         await tell(users.update("bob", username="rob"))

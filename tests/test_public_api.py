@@ -42,6 +42,7 @@ DESIGN = {
     "StaleTaskError",
     "IdempotencyKeyReusedError",
     "NotAuthenticatedError",
+    "ForbiddenOriginError",
     "IsolationError",
     "SchemaError",
     "TransactionError",
@@ -69,7 +70,7 @@ TASK_METHODS = {
     "delete_completed",
     "iterate",
 }
-USER_METHODS = {"create", "ensure", "get", "update", "delete"}
+USER_METHODS = {"create", "ensure", "get", "update", "set_email", "delete"}
 
 
 def methods(repository: type) -> dict[str, Callable[..., object]]:

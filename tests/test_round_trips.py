@@ -90,6 +90,9 @@ CALLS: Final[dict[str, tuple[Call, ...]]] = {
         lambda to, user, _ids: to.users.create(user, email=f"{user}@example.org", name=user),
     ),
     "users.delete": (lambda to, user, _ids: to.users.delete(user),),
+    "users.set_email": (
+        lambda to, user, _ids: to.users.set_email(user, email=f"{user}@example.net"),
+    ),
     "users.get": (lambda to, user, _ids: to.users.get(user),),
     "users.ensure": (
         lambda to, user, _ids: to.users.ensure(user, email=f"{user}@example.org", name=user),

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr, ValidationError
@@ -15,6 +16,15 @@ VARIABLES = {
     "direct_database_url": "DIRECT_DATABASE_URL",
     "better_auth_secret": "BETTER_AUTH_SECRET",
     "better_auth_url": "BETTER_AUTH_URL",
+    "better_auth_secrets": "BETTER_AUTH_SECRETS",
+    "better_auth_trusted_origins": "BETTER_AUTH_TRUSTED_ORIGINS",
+    "neon_auth_base_url": "NEON_AUTH_BASE_URL",
+    "jwks_url": "TODO_DB_JWKS_URL",
+    "jwt_issuer": "TODO_DB_JWT_ISSUER",
+    "jwt_audience": "TODO_DB_JWT_AUDIENCE",
+    "jwks_grace_period_seconds": "TODO_DB_JWKS_GRACE_PERIOD_SECONDS",
+    "session_cookie": "TODO_DB_SESSION_COOKIE",
+    "strict_origin": "TODO_DB_STRICT_ORIGIN",
     "pool_size": "TODO_DB_POOL_SIZE",
     "max_overflow": "TODO_DB_MAX_OVERFLOW",
     "pool_timeout_seconds": "TODO_DB_POOL_TIMEOUT_SECONDS",
@@ -28,11 +38,20 @@ VARIABLES = {
     "retry_timeout_seconds": "TODO_DB_RETRY_TIMEOUT_SECONDS",
     "prepared_statements": "TODO_DB_PREPARED_STATEMENTS",
 }
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "database_url": None,
     "direct_database_url": None,
     "better_auth_secret": None,
     "better_auth_url": None,
+    "better_auth_secrets": None,
+    "better_auth_trusted_origins": (),
+    "neon_auth_base_url": None,
+    "jwks_url": None,
+    "jwt_issuer": None,
+    "jwt_audience": (),
+    "jwks_grace_period_seconds": 2_592_000,
+    "session_cookie": None,
+    "strict_origin": False,
     "pool_size": 5,
     "max_overflow": 5,
     "pool_timeout_seconds": 10.0,
@@ -46,17 +65,31 @@ DEFAULTS = {
     "retry_timeout_seconds": 20.0,
     "prepared_statements": None,
 }
-# Each value differs from the default and from the other values.
-OTHERS = {
-    name: False
-    if name == "prepared_statements"
-    else f"value-{name}"
-    if default is None
-    else type(default)(3 - 2 * (default == 3))
-    for name, default in DEFAULTS.items()
-}
-SECRETS = ("database_url", "direct_database_url", "better_auth_secret")
-SECONDS = tuple(name for name in DEFAULTS if name.endswith("_seconds"))
+
+
+def _other(name: str, default: object) -> Any:  # noqa: ANN401  # any type of a setting
+    """Return a value that differs from the default, and from most other values."""
+    match default:
+        case bool():
+            return True
+        case tuple():
+            return (f"value-{name}", f"other-{name}")
+        case int() | float():
+            return type(default)(3 - 2 * (default == 3))
+        case _:
+            return False if name == "prepared_statements" else f"value-{name}"
+
+
+OTHERS = {name: _other(name, default) for name, default in DEFAULTS.items()}
+SECRETS = ("database_url", "direct_database_url", "better_auth_secret", "better_auth_secrets")
+SECONDS = tuple(
+    name for name in DEFAULTS if name.endswith("_seconds") and name != "jwks_grace_period_seconds"
+)
+
+
+def text(value: object) -> str:
+    """Return a value as the environment has it."""
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @pytest.fixture(autouse=True)
@@ -92,11 +125,11 @@ class TestSources:
 
     @pytest.mark.parametrize("name", DEFAULTS)
     def test_variable(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv(VARIABLES[name], str(OTHERS[name]))
+        monkeypatch.setenv(VARIABLES[name], text(OTHERS[name]))
         assert plain(Settings()) == DEFAULTS | {name: OTHERS[name]}
 
     def test_line_of_the_env_file(self, folder: Path) -> None:
-        lines = [f"{variable}={OTHERS[name]}" for name, variable in VARIABLES.items()]
+        lines = [f"{variable}={text(OTHERS[name])}" for name, variable in VARIABLES.items()]
         (folder / ".env").write_text("\n".join(lines))
         assert plain(Settings()) == OTHERS
 
@@ -136,6 +169,13 @@ class TestSources:
         (folder / ".env").write_text("TODO_DB_NO_SUCH=1\nPORT=3000\nTODO_DB_POOL_SIZE=7\n")
         assert plain(Settings()) == DEFAULTS | {"pool_size": 7}
 
+    def test_a_list_is_separated_by_commas(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for value, items in (("a", ("a",)), (" a ,, b,", ("a", "b")), ('["a"]', ('["a"]',))):
+            monkeypatch.setenv("TODO_DB_JWT_AUDIENCE", value)
+            assert Settings().jwt_audience == items
+            assert Settings(jwt_audience=value).jwt_audience == items
+        assert Settings(jwt_audience=["a,b"]).jwt_audience == ("a,b",)
+
     def test_an_argument_is_not_read_as_a_file(self, folder: Path) -> None:
         (folder / "other.env").write_text("TODO_DB_POOL_SIZE=7")
         with pytest.raises(ConfigurationError):
@@ -145,7 +185,12 @@ class TestSources:
 class TestBounds:
     @pytest.mark.parametrize(
         ("name", "least", "most"),
-        [("pool_size", 1, 1_000), ("max_overflow", 0, 1_000), ("retry_attempts", 1, 5)],
+        [
+            ("pool_size", 1, 1_000),
+            ("max_overflow", 0, 1_000),
+            ("retry_attempts", 1, 5),
+            ("jwks_grace_period_seconds", 0, 2_592_000),
+        ],
     )
     def test_whole_numbers(self, name: str, least: int, most: int) -> None:
         for value in (least, most):
@@ -177,6 +222,11 @@ class TestRefusal:
             ("database_url", ["swordfish"]),
             ("better_auth_secret", {"swordfish": 1}),
             ("better_auth_url", 5),
+            ("jwt_audience", 5),
+            ("session_cookie", "a swordfish"),
+            ("session_cookie", "swordfish;"),
+            ("session_cookie", "swordfish=1"),
+            ("strict_origin", "swordfish"),
             ("pool_size", "swordfish"),
             ("pool_size", "5 swordfish"),
             ("pool_size", None),

@@ -319,6 +319,7 @@ def _user_calls(users: UserRepository) -> Iterator[tuple[str, Awaitable[object]]
     yield "create", users.create("alice", email=f"{_MARK}@example.org", name=_MARK)
     yield "ensure", users.ensure("alice", email=f"{_MARK}@example.org", name=_MARK)
     yield "get", users.get("alice")
+    yield "set_email", users.set_email("alice", email=f"{_MARK}@example.org")
     yield "delete", users.delete("alice")
     yield "update", users.update("alice")
     for columns in USER_CHANGES:

@@ -35,7 +35,7 @@ async def stored(owner: Connection) -> list[UserRecord]:
 
 
 class TestEveryMethod:
-    NAMES = ("create", "delete", "ensure", "get", "update")
+    NAMES = ("create", "delete", "ensure", "get", "set_email", "update")
 
     def test_is_named_here(self) -> None:
         public = [
@@ -110,6 +110,26 @@ class TestCreate:
         won = [outcome for outcome in outcomes if isinstance(outcome, UserRecord)]
         assert (len(won), len(lost)) == (1, 7)
         assert await db.users.get("carol") == won[0]
+
+
+class TestSetEmail:
+    async def test_stores_it_in_lower_case(self, db: Database, owner: Connection) -> None:
+        before = await db.users.get("alice")
+        changed = await db.users.set_email("alice", email="New@Example.org")
+        assert changed == replace(before, email="new@example.org", updated_at=changed.updated_at)
+        assert changed.updated_at > before.updated_at
+        assert changed in await stored(owner)
+        assert await db.users.set_email("alice", email="new@example.org") == changed
+
+    async def test_refuses_that_of_another_user_and_a_user_that_is_missing(
+        self, db: Database, owner: Connection
+    ) -> None:
+        before = await stored(owner)
+        with pytest.raises(EmailTakenError):
+            await db.users.set_email("alice", email="Bob@example.org")
+        with pytest.raises(UserNotFoundError):
+            await db.users.set_email("carol", email="carol@example.org")
+        assert await stored(owner) == before
 
 
 class TestEnsure:

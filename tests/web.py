@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import warnings
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -9,6 +10,13 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
+
+with warnings.catch_warnings():
+    # It prefers a successor of httpx.
+    warnings.simplefilter("ignore")
+    from starlette.testclient import TestClient, WebSocketDenialResponse
+
+__all__ = ["TestClient", "WebSocketDenialResponse", "client", "server"]
 
 
 @asynccontextmanager

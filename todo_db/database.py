@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final, Self, cast
+from typing import Any, Final, NamedTuple, Self, cast
 
 import stamina
 
@@ -93,12 +93,31 @@ _STATE: Final = """
     FROM public.todo_db_version
 """
 # An aggregate always returns one row, even if there is no match.
-_CREDENTIAL: Final = "SELECT max(user_id), max(public_key) FROM public.find_credential($1, $2)"
+_CREDENTIAL: Final = (
+    "SELECT max(user_id), max(public_key), max(algorithm),"
+    " extract(epoch FROM max(expires_at))::float8 FROM public.find_credential($1, $2)"
+)
 _MOST_LOCK_WAITS: Final = 2
 _ONE_TRIP: Final = "the login is bound by row-level security and has its own timeouts"
 _UNPROVEN: Final = "the server does not set the user before it runs a statement"
 
 _logger: Final = logging.getLogger("todo_db")
+
+
+class StoredCredential(NamedTuple):
+    """What Better Auth stored.
+
+    Attributes:
+        user_id: The user whose live session has the token.
+        public_key: The public key with the id, a JWK.
+        algorithm: Its algorithm, if the row has one.
+        expires_at: When Better Auth stops signing with it, in seconds since 1970.
+    """
+
+    user_id: str | None
+    public_key: str | None
+    algorithm: str | None
+    expires_at: float | None
 
 
 class Database:
@@ -349,19 +368,15 @@ class Database:
 
     async def find_credential(
         self, *, session_token: str | None = None, key_id: str | None = None
-    ) -> tuple[str | None, str | None]:
+    ) -> StoredCredential:
         """Look up what Better Auth stored, for `todo_db.better_auth`, without a user id.
 
         One SELECT by unique index. It returns nothing for a token or key id that does not exist.
-
-        Returns:
-            The id of the user whose live session has the token, and the public key of that id.
         """
         await self._ready()
 
-        async def attempt() -> tuple[str | None, str | None]:
-            user_id, public_key = await self._read(_CREDENTIAL, session_token, key_id)
-            return user_id, public_key
+        async def attempt() -> StoredCredential:
+            return StoredCredential(*await self._read(_CREDENTIAL, session_token, key_id))
 
         return await self._retried(attempt, repeatable=True)
 

@@ -13,6 +13,7 @@ TodoDBError
 │   ├── StaleTaskError             expected_updated_at no longer holds
 │   └── IdempotencyKeyReusedError  same key, other payload
 ├── NotAuthenticatedError          no or no valid credential; says no more
+├── ForbiddenOriginError           a page of another origin sent the cookie
 ├── IsolationError                 a bug or a wrong role, never user input
 ├── SchemaError                    the database is older than this package
 ├── TransactionError
@@ -145,6 +146,18 @@ class NotAuthenticatedError(TodoDBError):
     """The request carries no valid credential. Map it to HTTP 401."""
 
     message = "The request carries no valid credential."
+
+
+class ForbiddenOriginError(TodoDBError):
+    """A page of another origin sent the user's cookie. Map it to HTTP 403.
+
+    The credential may be valid, so it is not a `NotAuthenticatedError`: signing in again does not
+    help.
+    """
+
+    message = (
+        "The cookie was sent by a page of an origin that is not in BETTER_AUTH_TRUSTED_ORIGINS."
+    )
 
 
 class IsolationError(TodoDBError):

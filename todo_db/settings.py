@@ -2,12 +2,23 @@
 
 from typing import Annotated, Any, ClassVar, override
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from todo_db.errors import ConfigurationError
 
 _Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+
+
+def _separated(value: object) -> object:
+    """Split a text at its commas; leave any other value to pydantic."""
+    if not isinstance(value, str):
+        return value
+    return tuple(part for item in value.split(",") if (part := item.strip()))
+
+
+# A comma-separated list, not JSON.
+_List = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_separated)]
 
 
 class Settings(BaseSettings):
@@ -24,7 +35,23 @@ class Settings(BaseSettings):
         direct_database_url: `DIRECT_DATABASE_URL`. What migrations connect to, where that
             differs.
         better_auth_secret: `BETTER_AUTH_SECRET`, as on the Better Auth server.
-        better_auth_url: `BETTER_AUTH_URL`, as on the Better Auth server.
+        better_auth_secrets: `BETTER_AUTH_SECRETS`, as on the Better Auth server. Its first entry
+            signs the cookies, and `BETTER_AUTH_SECRET` does not any more.
+        better_auth_url: `BETTER_AUTH_URL`, as on the Better Auth server. Only its origin counts.
+        better_auth_trusted_origins: `BETTER_AUTH_TRUSTED_ORIGINS`, as on the Better Auth server, a
+            comma-separated list. Pages of these origins may send requests with the cookie.
+        neon_auth_base_url: `NEON_AUTH_BASE_URL`, from Neon's console. Sets the next three.
+        jwks_url: Where the public keys of the JWTs are. By default the table `jwks`.
+        jwt_issuer: The claim `iss` of the JWTs, byte for byte. By default the origin of
+            `better_auth_url`.
+        jwt_audience: One of these must be in the claim `aud`; a comma-separated list. By default
+            the origin of `better_auth_url`; with `jwt_issuer` the claim is not checked.
+        jwks_grace_period_seconds: How long a key of the table is used after it expired, as
+            `gracePeriod` on the Better Auth server. At most 30 days.
+        session_cookie: The whole name of the session's cookie, if Better Auth has `cookiePrefix`,
+            `cookies` or `useSecureCookies` in its options.
+        strict_origin: Also refuse a cookie if the request says nothing about the page that sent
+            it. Browsers always do with https.
         pool_size: Connections kept open by each process.
         max_overflow: Connections opened beyond that under load, and closed after it.
         pool_timeout_seconds: How long a call waits for a connection.
@@ -67,6 +94,22 @@ class Settings(BaseSettings):
     better_auth_url: str | None = Field(
         default=None, validation_alias=AliasChoices("better_auth_url", "BETTER_AUTH_URL")
     )
+    better_auth_secrets: SecretStr | None = Field(
+        default=None, validation_alias=AliasChoices("better_auth_secrets", "BETTER_AUTH_SECRETS")
+    )
+    better_auth_trusted_origins: _List = Field(
+        default=(),
+        validation_alias=AliasChoices("better_auth_trusted_origins", "BETTER_AUTH_TRUSTED_ORIGINS"),
+    )
+    neon_auth_base_url: str | None = Field(
+        default=None, validation_alias=AliasChoices("neon_auth_base_url", "NEON_AUTH_BASE_URL")
+    )
+    jwks_url: str | None = None
+    jwt_issuer: str | None = None
+    jwt_audience: _List = ()
+    jwks_grace_period_seconds: int = Field(default=2_592_000, ge=0, le=2_592_000)
+    session_cookie: str | None = Field(default=None, pattern=r"^[\w!#$%&'*+.^`|~-]+$")
+    strict_origin: bool = False
     pool_size: int = Field(default=5, ge=1, le=1000)
     max_overflow: int = Field(default=5, ge=0, le=1000)
     pool_timeout_seconds: _Seconds = 10.0

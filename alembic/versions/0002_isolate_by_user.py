@@ -73,7 +73,7 @@ _GRANTS = (
     """SELECT, DELETE, INSERT (user_id, title, description, completed),
     UPDATE (title, description, completed) ON tasks""",
     """SELECT, DELETE, INSERT (id, email, name, username, image),
-    UPDATE (name, username, image) ON users""",
+    UPDATE (email, name, username, image) ON users""",
     "SELECT ON todo_db_version",
 )
 _OWNER_COLUMNS = {"users": "id", "tasks": "user_id"}

@@ -22,15 +22,16 @@ _CREATE_ROLE = """
     $$
 """
 # Arguments have their full name, because a plugin's column of the same name would hide them.
-# Better Auth keeps a retired signing key for 30 days, for the tokens that it signed.
+# Better Auth keeps a retired signing key for 30 days by default, for the tokens that it signed. The
+# caller compares `expires_at` with a shorter time.
 _FIND_CREDENTIAL = """
     CREATE FUNCTION find_credential(session_token text, key_id text)
-    RETURNS TABLE (user_id text, public_key text)
+    RETURNS TABLE (user_id text, public_key text, algorithm text, expires_at timestamptz)
     LANGUAGE sql STABLE SECURITY DEFINER SET search_path = '' AS $$
-        SELECT s.user_id, NULL::text FROM public.sessions s
+        SELECT s.user_id, NULL::text, NULL::text, NULL::timestamptz FROM public.sessions s
         WHERE s.token = find_credential.session_token AND s.expires_at > pg_catalog.now()
         UNION ALL
-        SELECT NULL::text, k.public_key FROM public.jwks k
+        SELECT NULL::text, k.public_key, k.alg, k.expires_at FROM public.jwks k
         WHERE k.id = find_credential.key_id
             AND (k.expires_at IS NULL OR k.expires_at > pg_catalog.now() - interval '30 days')
     $$

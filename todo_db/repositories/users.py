@@ -98,7 +98,8 @@ class UserRepository:
     async def update(self, user_id: str, /, **changes: Unpack[UserChanges]) -> UserRecord:
         """Change the given columns; without any, return the user as `get` does.
 
-        One UPDATE; locks the row. The e-mail address is changed by the authentication, not here.
+        One UPDATE; locks the row. The e-mail address is not among them, so that an API which hands
+        the body of a request on cannot change it: see `set_email`.
 
         Args:
             user_id: The user.
@@ -114,6 +115,20 @@ class UserRepository:
             return await self.get(user_id)
         values: Mapping[str, object] = {f"new_{field}": value for field, value in new.items()}
         operation = Operation(_update_statement(frozenset(new)), values, _one, Retry.IDEMPOTENT)
+        return await self._executor.perform(user_id, operation)
+
+    async def set_email(self, user_id: str, *, email: str) -> UserRecord:
+        """Store the e-mail address that the authentication has verified, in lower case.
+
+        One UPDATE; locks the row.
+
+        Raises:
+            UserNotFoundError: There is no such user.
+            EmailTakenError: Another user has this e-mail address.
+        """
+        user_id = inputs.user_id(user_id)
+        values = {"email": inputs.email(email)}
+        operation = Operation(_SET_EMAIL, values, _one, Retry.IDEMPOTENT)
         return await self._executor.perform(user_id, operation)
 
     async def delete(self, user_id: str) -> None:
@@ -184,4 +199,9 @@ _CREATE: Final = Statement(
 )
 _ENSURE: Final = Statement(_ensure)
 _GET: Final = Statement(lambda owner: select(*_COLUMNS).where(User.id == owner))
+_SET_EMAIL: Final = Statement(
+    lambda owner: (
+        update_(User).where(User.id == owner).values(email=bindparam("email")).returning(*_COLUMNS)
+    )
+)
 _DELETE: Final = Statement(lambda owner: delete(User).where(User.id == owner).returning(User.id))
