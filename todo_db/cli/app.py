@@ -327,6 +327,10 @@ def url(
             _out.print(shown, soft_wrap=True, markup=False, highlight=False)
 
 
+def _leave_to_psql(_number: int, _frame: object) -> None:
+    """Do nothing about a signal that psql gets as well."""
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
@@ -343,7 +347,7 @@ def psql(context: typer.Context) -> None:
         secret = {"PGPASSWORD": str(parsed.password)} if parsed.password else {}
         public = _for_libpq(parsed._replace(password=None), hide_password=False)
         # Ctrl-C is for psql, which ends a query by it. A handler is not inherited, and SIG_IGN is.
-        before = signal.signal(signal.SIGINT, lambda *_: None)
+        before = signal.signal(signal.SIGINT, _leave_to_psql)
         try:
             done = subprocess.run(  # noqa: S603  # the user's own command line
                 [program, public, *context.args],
