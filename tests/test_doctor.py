@@ -249,7 +249,7 @@ PLANTS = (
             ("UPDATE", "tasks", "user_id"),
             ("UPDATE", "tasks", "updated_at"),
             ("UPDATE", "users", "id"),
-            ("UPDATE", "users", "email"),
+            ("UPDATE", "users", "email_verified"),
             ("INSERT", "idempotency_keys", "created_at"),
             ("UPDATE", "idempotency_keys", "fingerprint"),
             ("UPDATE", "idempotency_keys", "task_ids"),

@@ -212,7 +212,7 @@ CHECKS: Final[dict[str, Check]] = {
             ('INSERT', 'tasks', ARRAY['id', 'created_at', 'updated_at']),
             ('UPDATE', 'tasks', ARRAY['id', 'user_id', 'created_at', 'updated_at']),
             ('INSERT', 'users', ARRAY['email_verified', 'created_at', 'updated_at']),
-            ('UPDATE', 'users', ARRAY['id', 'email', 'email_verified', 'created_at', 'updated_at']),
+            ('UPDATE', 'users', ARRAY['id', 'email_verified', 'created_at', 'updated_at']),
             ('INSERT', 'idempotency_keys', ARRAY['created_at']),
             ('UPDATE', 'idempotency_keys',
                 ARRAY['user_id', 'key', 'fingerprint', 'task_ids', 'created_at'])
