@@ -239,7 +239,7 @@ PLANTS = (
         for way, table, column in (
             ("INSERT", "users", "created_at"),
             ("UPDATE", "tasks", "updated_at"),
-            ("UPDATE", "users", "email"),
+            ("UPDATE", "users", "email_verified"),
             ("INSERT", "idempotency_keys", "created_at"),
             ("UPDATE", "idempotency_keys", "fingerprint"),
         )

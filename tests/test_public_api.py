@@ -55,6 +55,7 @@ DESIGN = {
 }
 HEALTH = (
     "ok latency_seconds server_version revision is_current round_trips form_reason pool problem"
+    " detail"
 )
 TASK_METHODS = {
     "create",

@@ -264,6 +264,7 @@ def arguments(task_id: int, at: datetime | None = None, cursor: str | None = Non
         "users.create": user("carol"),
         "users.ensure": {name: user("alice")[name] for name in ("email", "name")},
         "users.get": {},
+        "users.set_email": {"email": user("alice")["email"]},
         "users.update": {name: user("alice")[name] for name in ("name", "username")}
         | {"image": f"https://example.org/{MARKER}.png"},
         "tasks.delete": {"task_id": task_id},
