@@ -10,6 +10,7 @@ import tomllib
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import asyncpg
 import pytest
@@ -516,6 +517,27 @@ class TestMain:
         monkeypatch.setitem(sys.modules, "todo_db.cli.seed", None)
         with pytest.raises(ModuleNotFoundError):
             cli.main()
+
+    @pytest.mark.parametrize("late", [False, True])
+    def test_C4_failure_of_the_output_ends_the_program(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        late: bool,  # noqa: FBT001
+    ) -> None:
+        def fail() -> None:
+            raise OSError(28, "No space left on device")
+
+        closed: list[int] = []
+        monkeypatch.setattr(app, "app", (lambda: None) if late else fail)
+        monkeypatch.setattr("todo_db.cli.os.dup2", lambda _new, old: closed.append(old))
+        output = SimpleNamespace(fileno=lambda: 1, flush=fail if late else lambda: None)
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 1
+        assert closed == [1]
+        assert "No space left" in capsys.readouterr().err
 
     def test_C4_output_that_cannot_be_written_is_one_line(self) -> None:
         command = [sys.executable, "-c", "from todo_db.cli import main; main()", "--version"]

@@ -13,6 +13,7 @@ import pytest
 
 from todo_db import ConfigurationError
 from todo_db.embedded import DATABASE, LOGIN, OWNER, EmbeddedPostgres
+from todo_db.server import Server, _account
 
 
 class TestStart:
@@ -243,6 +244,42 @@ class TestStop:
             assert stopped_by_a_child(server) == 0
             assert await answer(server) == 1
 
+    def test_before_a_start_does_nothing(self, folder: Path) -> None:
+        EmbeddedPostgres(folder / "pg").stop()
+        assert not (folder / "pg").exists()
+
+    def test_gives_up_on_a_server_that_does_not_stop(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        server = EmbeddedPostgres(folder / "pg")
+        with server:
+            with monkeypatch.context() as patched:
+                patched.setattr("todo_db.server._PATIENCE_SECONDS", 0)
+                patched.setattr(Server, "_interrupt", lambda _self: None)
+                with pytest.raises(ConfigurationError, match="does not stop"):
+                    server.stop()
+            server.start()
+        assert left_in(folder / "pg") == []
+
+    def test_sends_no_signal_to_a_server_that_has_ended(self, folder: Path) -> None:
+        server = Server(folder, EmbeddedPostgres.program("psql").parent)
+        (folder / "data").mkdir()
+        (folder / "data" / "postmaster.pid").write_text(f"{os.getpid()}\n")
+        server._interrupt()
+
+    def test_after_a_start_that_failed_half_way(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object) -> str:
+            raise ConfigurationError
+
+        server = EmbeddedPostgres(folder / "pg")
+        with monkeypatch.context() as patched:
+            patched.setattr(EmbeddedPostgres, "_psql", refuse)
+            with pytest.raises(ConfigurationError):
+                server.start()
+        assert left_in(folder / "pg") == []
+
 
 class TestPrivacy:
     async def test_C3_no_other_system_user_can_connect(self, folder: Path) -> None:
@@ -260,6 +297,12 @@ class TestPrivacy:
         with EmbeddedPostgres(private / "pg"):
             pass
         assert [path.stat().st_mode & 0o777 for path in (private, private / "pg")] == [0o700] * 2
+
+    def test_without_root_it_runs_as_the_user_of_the_program(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("todo_db.server.os.geteuid", lambda: 1_000)
+        assert _account() is None
 
     def test_says_so_when_its_user_cannot_be_made(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,6 +26,7 @@ from todo_db import (
 )
 from todo_db.embedded import LOGIN, EmbeddedPostgres
 from todo_db.engine import Pool, PooledConnection, connect_failure
+from todo_db.engine.pool import _Waiter
 from todo_db.records import PoolStatus
 
 MARKER: Final = "hunter2"
@@ -139,6 +140,26 @@ class TestExhaustion:
         assert pool.status == PoolStatus(size=2, in_use=2, waiting=0)
         for connection in connections:
             pool.release(connection)
+
+
+class TestWaiter:
+    """The timer of a caller who waits."""
+
+    @pytest_asyncio.fixture
+    async def waiter(self) -> _Waiter:
+        loop = asyncio.get_running_loop()
+        later = loop.time() + 60
+        return _Waiter(loop.create_future(), None, later, later)
+
+    async def test_of_one_who_was_served_does_nothing(self, url: str, waiter: _Waiter) -> None:
+        waiter.connection.cancel()
+        Pool(settings(url))._give_up(waiter)
+
+    async def test_that_comes_too_early_is_set_again(self, url: str, waiter: _Waiter) -> None:
+        Pool(settings(url))._give_up(waiter)
+        assert not waiter.connection.done()
+        # Its timer finds it done.
+        waiter.connection.cancel()
 
 
 class TestGuards:

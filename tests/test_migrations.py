@@ -31,7 +31,7 @@ from todo_db.doctor.catalogue import EXPECTED, Catalogue
 from todo_db.embedded import EmbeddedPostgres
 from todo_db.engine import create_direct_engine
 from todo_db.environment import LOCK_SQL
-from todo_db.migrations import alembic_config, downgrade, script_directory, upgrade
+from todo_db.migrations import alembic_config, alembic_file, downgrade, script_directory, upgrade
 from todo_db.models import REVISION, Base
 from todo_db.settings import Settings
 
@@ -653,3 +653,23 @@ class TestOwners:
             async with asyncio.timeout(30):
                 await upgrading
         assert await read(url) == EXPECTED
+
+
+class TestFile:
+    """The Alembic settings of an application."""
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("pyproject.toml", '[tool.alembic]\nscript_location = "%(here)s/own"\n'),
+            ("alembic.ini", "[alembic]\nscript_location = %(here)s/own\n"),
+        ],
+    )
+    def test_is_read_in_both_formats(self, tmp_path: Path, name: str, text: str) -> None:
+        (tmp_path / name).write_text(text)
+        config = alembic_file(tmp_path / name)
+        assert config.get_alembic_option("script_location") == f"{tmp_path}/own"
+
+    def test_must_exist(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match="no file with the Alembic settings"):
+            alembic_file(tmp_path / "alembic.ini")

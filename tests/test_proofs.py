@@ -1,29 +1,47 @@
 """The proofs of `todo_db.testing` hold for what is sound, and name each planted mistake."""
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any
+from secrets import token_hex
+from typing import Annotated, Any, Final
+from uuid import UUID
 
 import pytest
 from driver import Connection
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel, Field
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
+    Column,
+    Enum,
+    ForeignKey,
     Identity,
     String,
     UniqueConstraint,
 )
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects.postgresql import INET, JSONB, TSVECTOR
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.schema import CreateTable
+from sqlalchemy.types import TypeEngine
 
 from todo_db import ConfigurationError, Database, NotFoundError, Transaction
-from todo_db.fastapi import CurrentUserId, Tasks, install, lifespan
-from todo_db.fence import RULE, fence_of, fence_sql
+from todo_db.fastapi import (
+    CurrentUserId,
+    PathUserId,
+    Tasks,
+    current_user_id,
+    install,
+    lifespan,
+)
+from todo_db.fence import RULE, FenceOptions, fence_of, fence_sql, kind_of, share_sql
 from todo_db.models import Owned, Shared, Task, Timestamps, owned_reference
 from todo_db.records import TaskRecord
 from todo_db.testing import assert_fenced, assert_isolated, count_round_trips
+from todo_db.testing.fenced import _value
+from todo_db.testing.isolated import _missing
+from todo_db.testing.openapi import Document
 
 
 class Base(DeclarativeBase):
@@ -55,7 +73,18 @@ class Payment(Owned, Base):
     note: Mapped[str | None]
 
 
-MODELS = (Account, Payment)
+class Event(Owned, Base):
+    """What happened: it is added, and neither changed nor deleted."""
+
+    __tablename__ = "events"
+    __fence__ = FenceOptions(update=[], delete=False)
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    account_id: Mapped[int | None] = owned_reference(Account.id, ondelete="SET NULL")
+    currency: Mapped[str] = mapped_column(ForeignKey(Currency.code))
+
+
+MODELS = (Currency, Account, Payment, Event)
 
 
 def quoted(name: str) -> str:
@@ -75,8 +104,14 @@ async def tables(owner: Connection) -> None:
     for model in MODELS:
         table = Base.metadata.tables[model.__tablename__]
         await owner.execute(str(CreateTable(table).compile(dialect=postgresql.dialect())))  # type: ignore[no-untyped-call]
-        for statement in fence_sql(fence_of(table), quoted):
+        is_owned = kind_of(table) == "owned"
+        for statement in (
+            fence_sql(fence_of(table), quoted)
+            if is_owned
+            else share_sql(table.name, table.schema, quoted)
+        ):
             await owner.execute(statement)
+    await owner.execute("INSERT INTO currencies VALUES ('EUR')")
 
 
 @pytest.fixture
@@ -91,7 +126,7 @@ def without_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tables")
 class TestAssertFenced:
-    @pytest.mark.parametrize("model", [Account, Payment, Task])
+    @pytest.mark.parametrize("model", [Account, Payment, Event, Task])
     async def test_holds_for_a_sound_table(
         self, database: Database, model: type[DeclarativeBase]
     ) -> None:
@@ -192,6 +227,26 @@ class TestAssertFenced:
         await assert_fenced(database, Account, make=make)
         assert {"alice", "mallory"} == set(made)
 
+    async def test_leaves_out_a_reference_that_the_caller_leaves_out(
+        self, database: Database
+    ) -> None:
+        async def make(tx: Transaction) -> dict[str, Any]:
+            del tx
+            return {"currency": "EUR"}
+
+        await assert_fenced(database, Event, make=make)
+
+    @pytest.mark.parametrize(
+        ("kind", "value"), [(Enum("small", "large"), "small"), (Boolean(), False), (JSONB(), {})]
+    )
+    def test_makes_up_a_value_for_a_type(self, kind: TypeEngine[Any], value: object) -> None:
+        assert _value(Column("size", kind)) == value
+
+    @pytest.mark.parametrize("kind", [INET(), TSVECTOR()], ids=["INET", "TSVECTOR"])
+    def test_asks_for_the_value_of_an_unknown_type(self, kind: TypeEngine[Any]) -> None:
+        with pytest.raises(ConfigurationError, match="give make="):
+            _value(Column("address", kind))
+
     async def test_refuses_a_model_that_is_not_owned(self, database: Database) -> None:
         with pytest.raises(ConfigurationError, match="currencies is not owned"):
             await assert_fenced(database, Currency)
@@ -211,7 +266,7 @@ async def forgets_the_user(tasks: Tasks, user_id: CurrentUserId, task_id: int) -
     return await tasks.get("alice", task_id)
 
 
-async def _missing(tasks: Tasks, user_id: str, task_id: int) -> bool | None:
+async def is_missing(tasks: Tasks, user_id: str, task_id: int) -> bool | None:
     """Return None if the task is the user's, else whether it does not exist at all."""
     try:
         await tasks.get(user_id, task_id)
@@ -225,21 +280,21 @@ async def _missing(tasks: Tasks, user_id: str, task_id: int) -> bool | None:
 
 
 async def tells_by_status(tasks: Tasks, user_id: CurrentUserId, task_id: int) -> str:
-    missing = await _missing(tasks, user_id, task_id)
+    missing = await is_missing(tasks, user_id, task_id)
     if missing is not None:
         raise HTTPException(404 if missing else 403)
     return "yours"
 
 
 async def tells_by_body(tasks: Tasks, user_id: CurrentUserId, task_id: int) -> str:
-    missing = await _missing(tasks, user_id, task_id)
+    missing = await is_missing(tasks, user_id, task_id)
     if missing is not None:
         raise HTTPException(404, "there is none" if missing else "it is not yours")
     return "yours"
 
 
 async def tells_by_header(tasks: Tasks, user_id: CurrentUserId, task_id: int) -> str:
-    missing = await _missing(tasks, user_id, task_id)
+    missing = await is_missing(tasks, user_id, task_id)
     if missing is not None:
         raise HTTPException(404, headers={} if missing else {"x-cache": "hit"})
     return "yours"
@@ -266,6 +321,18 @@ async def never_answers() -> None:
 
 async def has_another_id(label_id: int) -> int:
     return label_id
+
+
+async def tells_another_reason_each_time(task_id: int) -> str:
+    raise HTTPException(404, f"{task_id} at {token_hex()}")
+
+
+async def returns_no_object() -> int:
+    return 1
+
+
+async def has_the_user_in_its_path(user_id: PathUserId) -> str:
+    return user_id
 
 
 async def is_sound(tasks: Tasks, user_id: CurrentUserId, task_id: int) -> TaskRecord:
@@ -306,6 +373,7 @@ class TestAssertIsolated:
             ("POST", "/removed", takes_ids_of_others, "change what belongs to alice"),
             ("GET", "/all", lists_all, "shows mallory what belongs to alice"),
             ("GET", "/never", never_answers, "not reached: alice gets 500"),
+            ("GET", "/tasks/{task_id}", tells_another_reason_each_time, "alice gets 404"),
             ("GET", "/labels/{label_id}", has_another_id, "no POST operation returns a label_id"),
         ],
     )
@@ -337,6 +405,34 @@ class TestAssertIsolated:
             api, ids={"number": task}, bodies={"POST /tasks": {"owner": "x", "title": "y"}}
         )
 
+    async def test_knows_the_user_of_a_path(self, api: FastAPI) -> None:
+        api.get("/users/{user_id}")(has_the_user_in_its_path)
+        await assert_isolated(api)
+
+    async def test_names_what_cannot_be_compared(self, api: FastAPI) -> None:
+        async def only_for_alice(user_id: CurrentUserId, task_id: int) -> str:
+            if user_id == "alice":
+                return "yours"
+            raise HTTPException(404, f"{task_id} at {token_hex()}")
+
+        api.get("/tasks/{task_id}")(only_for_alice)
+        with pytest.raises(AssertionError, match="differently to two values of task_id"):
+            await assert_isolated(api)
+
+    async def test_names_a_creator_that_returns_no_id(self, api: FastAPI) -> None:
+        api.post("/labels")(returns_no_object)
+        api.get("/labels/{label_id}")(has_another_id)
+        with pytest.raises(AssertionError, match="POST /labels returns no label_id"):
+            await assert_isolated(api)
+
+    async def test_signs_in_as_the_caller_says(self, api: FastAPI) -> None:
+        def by_header(request: Request) -> str:
+            return request.headers["x-user"]
+
+        api.dependency_overrides[current_user_id] = by_header
+        api.get("/tasks/{task_id}")(is_sound)
+        await assert_isolated(api, headers=lambda user: {"x-user": user})
+
     async def test_does_not_call_what_is_to_be_skipped(self, api: FastAPI) -> None:
         api.get("/never")(never_answers)
         await assert_isolated(api, skip={"GET /never"})
@@ -348,6 +444,67 @@ class TestAssertIsolated:
     async def test_needs_the_lifespan(self) -> None:
         with pytest.raises(ConfigurationError, match="lifespan"):
             await assert_isolated(FastAPI())
+
+
+class TestDocument:
+    """Requests are made of the schemas."""
+
+    SCHEMA: Final[dict[str, Any]] = {
+        "type": "object",
+        "properties": {
+            "kind": {"const": "note"},
+            "size": {"default": 3},
+            "color": {"enum": ["red", "blue"]},
+            "note": {"anyOf": [{"$ref": "#/components/schemas/Text"}, {"type": "null"}]},
+            "task_ids": {"type": "array", "items": {"type": "integer"}},
+            "count": {"type": "integer", "minimum": 2},
+            "done": {"type": "boolean"},
+            "nothing": {"type": "null"},
+            "day": {"type": "string", "format": "date"},
+            "short": {"type": "string", "maxLength": 3},
+            "long": {"type": "string", "minLength": 8},
+        },
+    }
+
+    def test_sample_fits_the_schema(self) -> None:
+        parameters = [
+            {"name": "task_id", "in": "path", "required": True},
+            {"name": "page", "in": "query", "schema": {"type": "integer"}},
+            {"name": "wanted", "in": "query", "required": True, "schema": {"type": "boolean"}},
+            {"name": "x-mode", "in": "header", "required": True, "schema": {"type": "string"}},
+            {"name": "session", "in": "cookie", "required": True, "schema": {"type": "string"}},
+        ]
+        content = {"application/json": {"schema": self.SCHEMA}}
+        put = {"parameters": parameters, "requestBody": {"content": content}}
+        document = Document(
+            {
+                "paths": {"/tasks/{task_id}": {"put": put}},
+                "components": {"schemas": {"Text": {"type": "string"}}},
+            },
+            {},
+        )
+        request = document.request(document.operations[0], {"task_id": 7}, "mark")
+        assert (request.method, request.path) == ("put", "/tasks/7")
+        assert (request.query, request.headers) == ({"wanted": "True"}, {"x-mode": "mark"})
+        assert request.body == {
+            "kind": "note",
+            "size": 3,
+            "color": "red",
+            "note": "mark",
+            "task_ids": [7],
+            "count": 2,
+            "done": True,
+            "nothing": None,
+            "day": "2026-01-01",
+            "short": "mar",
+            "long": "markxxxx",
+        }
+
+    @pytest.mark.parametrize("value", [1, "abc", str(UUID(int=1))])
+    def test_missing_id_is_another_one_of_the_same_kind(self, value: int | str) -> None:
+        first, second = _missing(value, 1), _missing(value, 2)
+        assert len({value, first, second}) == 3
+        assert type(first) is type(value)
 
 
 class TestCountRoundTrips:

@@ -43,7 +43,8 @@ _CHECK: Final = f"""
         FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
         WHERE relkind IN ('r', 'p', 'f') AND nspname !~ '^pg_' AND nspname <> 'information_schema'
             AND (has_any_column_privilege(c.oid, 'SELECT, INSERT, UPDATE')
-                OR has_table_privilege(c.oid, 'DELETE, TRUNCATE'))
+                OR has_table_privilege(c.oid, 'DELETE, TRUNCATE')
+                OR pg_has_role(current_user, relowner, 'MEMBER'))
     ), touched AS (
         SELECT *, row_security_active(oid) AND relforcerowsecurity AND EXISTS (
             SELECT FROM pg_policy, concat(

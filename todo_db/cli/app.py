@@ -84,10 +84,6 @@ def _report_errors() -> Generator[None]:
     except (TodoDBError, SQLAlchemyError, OSError) as error:
         failure = translated(error)
         line = f"{type(failure).__name__}: {failure}"
-        # If a migration may not grant its role, the hint names the statement to run.
-        cause = getattr(error, "orig", None)
-        if hint := getattr(getattr(cause, "__cause__", None), "hint", None):
-            line = f"{line}\n{hint}"
     else:
         return
     # Not wrapped, because it may contain a statement to copy.

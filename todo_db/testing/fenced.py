@@ -11,6 +11,7 @@ from typing import Any, Final, NamedTuple, cast
 from uuid import UUID, uuid4
 
 from sqlalchemy import (
+    JSON,
     Column,
     ColumnElement,
     Executable,
@@ -293,6 +294,8 @@ def _value(column: Column[Any]) -> object:
     enums: Sequence[str] = getattr(column.type, "enums", ())
     if enums:
         return enums[0]
+    if isinstance(column.type, JSON):
+        return {}
     moment = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=number)
     made: dict[type, object] = {
         str: str(number)[-(getattr(column.type, "length", None) or 9) :],
@@ -306,9 +309,8 @@ def _value(column: Column[Any]) -> object:
         timedelta: timedelta(seconds=number),
         UUID: uuid4(),
         bytes: str(number).encode(),
-        dict: {},
         list: [],
     }
     if kind not in made:
-        raise ConfigurationError(f"{column.table}.{column.name}: no value is known, so give make=")
+        raise ConfigurationError(f"{column.name}: no value is known, so give make=")
     return made[kind]
