@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Generator
-from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
 
@@ -54,7 +53,7 @@ def _logins(todo_postgres: EmbeddedPostgres) -> Generator[None]:
         f"CREATE ROLE {AUTH} LOGIN IN ROLE todo_auth PASSWORD '{DATABASE_PASSWORD}'",
         f"CREATE ROLE {OWNER} LOGIN BYPASSRLS IN ROLE todo_owner PASSWORD '{DATABASE_PASSWORD}'",
     )
-    rules = Path(todo_postgres._psql("SHOW hba_file").strip())
+    rules = todo_postgres.log.parent / "data" / "pg_hba.conf"
     before = rules.read_text()
     rules.write_text(f"local all {AUTH},{OWNER} scram-sha-256\n{before}")
     todo_postgres._psql("SELECT pg_reload_conf()")

@@ -5,7 +5,6 @@ import random
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from pathlib import Path
 from typing import Final, Self
 
 import asyncpg
@@ -98,7 +97,7 @@ def pooled_roles(todo_postgres: EmbeddedPostgres) -> Generator[None]:
         f"CREATE ROLE {OWNER} LOGIN CREATEROLE BYPASSRLS IN ROLE todo_owner PASSWORD '{PASSWORD}'",
         f"GRANT todo_app TO {OWNER} WITH INHERIT FALSE, SET TRUE",
     )
-    rules = Path(todo_postgres._psql("SHOW hba_file").strip())
+    rules = todo_postgres.log.parent / "data" / "pg_hba.conf"
     before = rules.read_text()
     rules.write_text(f"local all {LOGIN},{OWNER} scram-sha-256\n{before}")
     todo_postgres._psql("SELECT pg_reload_conf()")

@@ -50,7 +50,8 @@ export function onFilter(work) {
   };
   form.addEventListener("input", (event) => {
     clearTimeout(timer);
-    timer = setTimeout(() => apply(event), 200);
+    if (event.target !== form.elements.search) apply(event);
+    else timer = setTimeout(() => apply(event), 200);
   });
   form.elements.search.addEventListener("blur", () => (isTyping = false));
   form.addEventListener("submit", (event) => event.preventDefault());

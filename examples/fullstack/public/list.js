@@ -157,7 +157,8 @@ async function add({ title, description }) {
 
 // A new task is the first one in whatever order, so that it is seen.
 async function place(task) {
-  await loading;
+  // Another list may have been asked for meanwhile: its answer would replace this one.
+  for (let awaited = null; awaited !== loading; ) await (awaited = loading);
   if (!$("list-failure").hidden) {
     await reload();
   } else if (matches(task)) {
