@@ -51,6 +51,8 @@ def todo_postgres(
 
     Most tests are about the transaction of a single call. `test_one_trip` is about the other form.
     """
+    # PgBouncer runs as the server's user, and has to get to its folder by a path.
+    todo_postgres.log.parent.parent.chmod(0o711)
     if not request.config.getoption("one_trip"):
         todo_postgres._psql(f"ALTER ROLE {LOGIN} RESET ALL")
     return todo_postgres
