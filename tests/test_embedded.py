@@ -31,13 +31,12 @@ class TestStart:
 
     @pytest.mark.parametrize("programs", [3, pytest.param(100, marks=pytest.mark.fault)])
     def test_at_once_in_a_fresh_folder_is_one_server(self, folder: Path, programs: int) -> None:
-        command = [sys.executable, "-c", _USER, str(folder / "pg")]
-        started = [
-            subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-            for _ in range(programs)
-        ]
-        assert [process.wait(120) for process in started] == [0] * programs
+        command = [sys.executable, "-c", _MANY, str(folder / "pg"), str(programs)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        assert done.stdout == f"{[0] * programs}\n"
         log = (folder / "pg" / "log").read_text()
+        # One initdb, and no server that met another one.
+        assert log.count("Success.") == 1
         assert "already" not in log
         assert left_in(folder / "pg") == []
 
@@ -183,6 +182,26 @@ from todo_db.embedded import EmbeddedPostgres
 with EmbeddedPostgres(pathlib.Path(sys.argv[1])):
     print("ready", flush=True)
     sys.stdin.read()
+"""
+
+
+# Programs that start the server at the same time; prints how each of them ended.
+_MANY: Final = """
+import os, pathlib, sys
+from todo_db.embedded import EmbeddedPostgres
+folder, programs = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+children = []
+for _ in range(programs):
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            with EmbeddedPostgres(folder):
+                code = 0
+        finally:
+            os._exit(code)
+    children.append(child)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
 """
 
 
