@@ -74,7 +74,13 @@ async def plant(superuser: Connection) -> None:
     await superuser.execute(FUNCTION)
     for copy in COPIES:
         await superuser.execute(copy.format("TABLE shadow."))
-    await superuser.execute("GRANT ALL ON ALL TABLES IN SCHEMA shadow TO PUBLIC")
+    for table in TABLES:
+        # `open` refuses a table that is neither fenced nor shared.
+        await superuser.execute(f"""
+            ALTER TABLE shadow.{table} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+            CREATE POLICY todo_db_shared ON shadow.{table} FOR SELECT USING (true);
+            GRANT SELECT ON shadow.{table} TO PUBLIC
+        """)
     database = await superuser.fetchval("SELECT current_database()")
     await superuser.execute(
         f"ALTER ROLE {SINGLE} IN DATABASE {database} SET search_path = shadow, pg_catalog, public"
@@ -88,6 +94,9 @@ async def hostile(
     """A connection of the login, for which the name of a table alone means a copy."""
     if request.param == "temporary":
         await superuser.execute(f"GRANT TEMPORARY ON DATABASE {todo_database_name} TO PUBLIC")
+    for table in TABLES:
+        await superuser.execute(f"ALTER TABLE shadow.{table} DISABLE ROW LEVEL SECURITY")
+        await superuser.execute(f"GRANT ALL ON shadow.{table} TO PUBLIC")
     connection = await asyncpg.connect(planted, statement_cache_size=0)
     if request.param == "temporary":
         await connection.execute("SET todo_db.user_id = 'alice'")
@@ -140,8 +149,6 @@ class TestDatabase:
     async def test_reaches_the_tables_of_the_package(
         self, planted: str, superuser: Connection
     ) -> None:
-        # Opening refuses tables without a fence.
-        await superuser.execute("REVOKE ALL ON ALL TABLES IN SCHEMA shadow FROM PUBLIC")
         async with Database.from_url(planted) as database:
             assert (await database.health()).round_trips == 1
             await attack(database, superuser)
