@@ -427,6 +427,7 @@ class Alone:
         """Return those that the database does not refuse."""
         refused = {"users_create existing", "users_create address taken"}
         refused |= {"users_create of an attacker", "users_ensure address taken"}
+        refused.add("users_set_email of an attacker")
         return [
             case
             for case in self._cases
