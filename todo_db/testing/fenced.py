@@ -287,10 +287,7 @@ async def _sample(table: Table, tx: Transaction) -> Row:
 
 def _value(column: Column[Any]) -> object:
     number = next(_numbers)
-    try:
-        kind = column.type.python_type
-    except NotImplementedError:
-        kind = type(None)
+    kind = column.type.python_type
     enums: Sequence[str] = getattr(column.type, "enums", ())
     if enums:
         return enums[0]
