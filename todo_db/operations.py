@@ -107,9 +107,8 @@ class FenceTable(_Operation):
         return _call("fence", new.table, **options, touch=new.touch, schema=new.schema)
 
 
-@Operations.register_operation("share")
-class ShareTable(_Operation):
-    """`op.share`: let every user read a table, and no user change it."""
+class _TableOperation(_Operation):
+    """An operation on a whole table, which is named by nothing but its name."""
 
     def __init__(
         self, table: str, schema: str | None, before: MigrateOperation | None = None
@@ -117,6 +116,11 @@ class ShareTable(_Operation):
         self._table = table
         self._schema = schema
         self._before = before
+
+
+@Operations.register_operation("share")
+class ShareTable(_TableOperation):
+    """`op.share`: let every user read a table, and no user change it."""
 
     @classmethod
     def share(cls, operations: Operations, table: str, *, schema: str | None = None) -> None:
@@ -145,15 +149,8 @@ class ShareTable(_Operation):
 
 
 @Operations.register_operation("unfence")
-class Unfence(_Operation):
+class Unfence(_TableOperation):
     """`op.unfence`: take a table away from the application."""
-
-    def __init__(
-        self, table: str, schema: str | None, before: MigrateOperation | None = None
-    ) -> None:
-        self._table = table
-        self._schema = schema
-        self._before = before
 
     @classmethod
     def unfence(cls, operations: Operations, table: str, *, schema: str | None = None) -> None:
