@@ -164,12 +164,10 @@ class Server:
     # Starting
 
     def _prepare_folder(self) -> None:
-        account = _account()
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._folder.chmod(0o700)
-            if account is not None:  # pragma: no branch  # CI is root
-                os.chown(self._folder, account.pw_uid, account.pw_gid)
+            _give(self._folder)
         except OSError as error:
             raise ConfigurationError(
                 f"the folder of the embedded PostgreSQL cannot be used: {error.strerror}"
@@ -193,7 +191,7 @@ class Server:
         with (self._folder / "log").open("ab") as log:
             self._run(
                 *_DETACHED,
-                *(self.programs / "postgres", "-D", self._data_folder, "-k", "..", "-h", ""),
+                *(self.programs / "postgres", "-D", _seen_from(self._data), "-k", "..", "-h", ""),
                 *("-c", "unix_socket_permissions=0700"),
                 *(part for option in self._options for part in ("-c", option)),
                 folder=self._data,
@@ -209,9 +207,7 @@ class Server:
         for draft in self._folder.glob("new-*"):
             shutil.rmtree(draft, ignore_errors=True)
         draft = Path(tempfile.mkdtemp(prefix="new-", dir=self._folder))
-        account = _account()
-        if account is not None:  # pragma: no branch  # CI is root
-            os.chown(draft, account.pw_uid, account.pw_gid)
+        _give(draft)
         options = (
             "--auth=trust",
             "--encoding=UTF8",
@@ -222,11 +218,10 @@ class Server:
             "--no-sync",
             "--username=postgres",
         )
-        place = _HERE if _HERE.exists() else draft
         with (self._folder / "log").open("ab") as log:
             try:
                 self._run(
-                    *(self.programs / "initdb", "-D", place, *options),
+                    *(self.programs / "initdb", "-D", _seen_from(draft), *options),
                     folder=draft,
                     output=log.fileno(),
                 )
@@ -277,10 +272,6 @@ class Server:
         )
 
     # State
-
-    @property
-    def _data_folder(self) -> Path:
-        return _HERE if _HERE.exists() else self._data
 
     def _version(self) -> str:
         told = subprocess.run(  # noqa: S603  # no user input
@@ -360,6 +351,18 @@ def _account() -> pwd.struct_passwd | None:
         raise ConfigurationError(
             f"PostgreSQL does not run as root, and the user {_USER} cannot be created"
         ) from None
+
+
+def _give(folder: Path) -> None:
+    """Make a folder the server's own."""
+    account = _account()
+    if account is not None:  # pragma: no branch  # CI is root
+        os.chown(folder, account.pw_uid, account.pw_gid)
+
+
+def _seen_from(folder: Path) -> Path:
+    """Return the name of a folder for a program that runs in it."""
+    return _HERE if _HERE.exists() else folder
 
 
 def _is_reachable(folder: Path) -> bool:
