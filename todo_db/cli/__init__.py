@@ -17,15 +17,13 @@ def main() -> None:
     # Retries are logged as warnings; on the command line only the outcome matters.
     logging.basicConfig(level=logging.ERROR)
     try:
-        app()
+        try:
+            app()
+        finally:
+            # What is still in the buffer fails here, and not while Python ends.
+            sys.stdout.flush()
     except OSError as error:
         _give_up(error)
-    finally:
-        # What is still in the buffer fails here, and not while Python ends.
-        try:
-            sys.stdout.flush()
-        except OSError as error:
-            _give_up(error)
 
 
 def _give_up(error: OSError) -> NoReturn:
