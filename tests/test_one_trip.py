@@ -14,11 +14,12 @@ from driver import Connection
 from locks import until_waiting
 from pgbouncer import BOOKWORM, TRIXIE, PgBouncer
 from proxy import Proxy
-from sqlalchemy import text
+from sqlalchemy import bindparam, insert, text
 from test_round_trips import CALLS, People
 
 from todo_db import (
     CallTimeoutError,
+    ConflictError,
     Database,
     EmailTakenError,
     IdempotencyKeyReusedError,
@@ -39,7 +40,9 @@ from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
 from todo_db.errors import InvalidInputError
 from todo_db.inputs import TaskChanges
 from todo_db.logins import create_login
+from todo_db.models import Task
 from todo_db.pagination import Page
+from todo_db.repositories import Operation, Statement
 
 ODD: Final = "odd_login"
 """A login that each test makes anew."""
@@ -769,3 +772,32 @@ class TestPooler:
         async with Proxy(pooled_url) as proxy, Database.from_url(proxy.url):
             # Two more, because PgBouncer asks for the password (SCRAM).
             assert proxy.round_trips <= 8 + 2
+
+
+class TestErrors:
+    """An operation of an application says what the caller gets when a constraint is broken."""
+
+    OPERATION: Final = Operation(
+        Statement(
+            lambda owner: (
+                insert(Task).values(user_id=owner, title=bindparam("title")).returning(Task.id)
+            )
+        ),
+        {"title": "x"},
+        len,
+        errors={"fk_tasks_user_id_users": lambda: ConflictError("sign up first")},
+    )
+
+    async def test_are_the_same_in_each_form(self, url: str, single_url: str) -> None:
+        async with Database.from_url(url) as three, Database.from_url(single_url) as one:
+            for database in (three, one):
+                with pytest.raises(ConflictError, match="sign up first"):
+                    await database.perform("nobody", self.OPERATION)
+                with pytest.raises(ConflictError, match="sign up first"):
+                    async with database.transaction("nobody") as tx:
+                        await tx.perform("nobody", self.OPERATION)
+
+    async def test_name_the_constraint(self, db: Database) -> None:
+        with pytest.raises(UserNotFoundError) as caught:
+            await db.perform("nobody", self.OPERATION._replace(errors={}))
+        assert caught.value.constraint == "fk_tasks_user_id_users"

@@ -255,19 +255,21 @@ class Database:
                 rows = await autocommit.fetch(
                     self._pool, statement.sql, arguments, is_change=is_change
                 )
-                return operation.map_rows(rows)
             except OutcomeUnknownError:  # pragma: no cover  # marked fault
                 was_unknown = True
                 raise
-            except NotFoundError:
-                # An earlier attempt may have deleted it: that is what was asked for.
-                if (  # pragma: no cover  # marked fault
-                    was_unknown and operation.retry is Retry.IDEMPOTENT_DELETE
-                ):
-                    return cast("T", None)
-                raise
             except TodoDBError as error:
                 failure = operation.failure(error)
+            else:
+                try:
+                    return operation.map_rows(rows)
+                except NotFoundError:
+                    # An earlier attempt may have deleted it: that is what was asked for.
+                    if (  # pragma: no cover  # marked fault
+                        was_unknown and operation.retry is Retry.IDEMPOTENT_DELETE
+                    ):
+                        return cast("T", None)
+                    raise
             raise failure
 
         return await self._retried(attempt, repeatable=operation.retry is not Retry.UNSAFE)
