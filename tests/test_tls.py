@@ -185,6 +185,12 @@ class Server(Cluster):
         place = f"{host}:{port or self.port}"
         return f"postgresql://{user}:{MARKER}@{place}/{database}?{urlencode(query)}"
 
+    async def alone(self) -> None:
+        """Wait until the server has ended the connections of the test before."""
+        async with asyncio.timeout(10):
+            while await self.encrypted():  # noqa: ASYNC110  # nothing sets an event
+                await asyncio.sleep(0.01)
+
     async def encrypted(self) -> list[bool]:
         """Return of each connection of the package whether it is encrypted."""
         connection = await self.connect()
@@ -260,6 +266,10 @@ def is_encrypted(link: Link) -> bool:
 
 
 class TestVerified:
+    @pytest_asyncio.fixture(autouse=True)
+    async def alone(self, server: Server) -> None:
+        await server.alone()
+
     @pytest.mark.parametrize("sslmode", ["verify-ca", "verify-full"])
     async def test_T2_connects_to_a_server_with_a_certificate_of_the_authority(
         self, server: Server, sslmode: str
