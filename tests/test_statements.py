@@ -11,10 +11,17 @@ from typing import Final, NamedTuple, NoReturn, Self, cast
 import pytest
 from driver import Connection
 from shapes import SHAPES, TASK_CHANGES, USER_CHANGES, parameters
-from sqlalchemy import ColumnElement, Executable, Select, bindparam, insert, select
+from sqlalchemy import ColumnElement, Executable, Select, bindparam, insert, select, update
 from sqlalchemy.sql.selectable import ReturnsRows
 
-from todo_db import NewTask, TaskRepository, TaskSort, UserRepository
+from todo_db import (
+    ConfigurationError,
+    Database,
+    NewTask,
+    TaskRepository,
+    TaskSort,
+    UserRepository,
+)
 from todo_db.models import Task
 from todo_db.pagination import Key, encode
 from todo_db.repositories import Operation, Statement
@@ -216,6 +223,44 @@ def _number_of_columns(statement: Statement) -> int:
 
 def _task(*where: ColumnElement[bool]) -> Select[int]:
     return select(Task.id).where(*where)
+
+
+class TestConstants:
+    async def test_value_that_a_statement_brings_itself_is_sent(self, db: Database) -> None:
+        task = await db.tasks.create("alice", "Buy milk")
+        await db.tasks.create("alice", "Buy bread")
+        statement = Statement(
+            lambda owner: _task(Task.user_id == owner, Task.title == "Buy milk").limit(2)
+        )
+        operation = Operation(statement, {}, lambda rows: [row[0] for row in rows])
+        assert await db.perform("alice", operation) == [task.id]
+        assert await db.perform("bob", operation) == []
+
+    async def test_value_can_be_null(self, db: Database) -> None:
+        task = await db.tasks.create("alice", "Buy milk", description="Two litres")
+        statement = Statement(
+            lambda owner: (
+                update(Task)
+                .where(Task.user_id == owner)
+                .values(description=None)
+                .returning(Task.id, Task.description)
+            )
+        )
+        operation = Operation(statement, {}, lambda rows: [tuple(row) for row in rows])
+        assert await db.perform("alice", operation) == [(task.id, None)]
+
+    async def test_parameter_without_a_value_is_named(self, db: Database) -> None:
+        statement = Statement(
+            lambda owner: _task(Task.user_id == owner, Task.title == bindparam("wanted"))
+        )
+        with pytest.raises(ConfigurationError, match="no value for 'wanted'"):
+            await db.perform("alice", Operation(statement, {"title": _MARK}, len))
+
+    @pytest.mark.parametrize("ids", [[1, 2], bindparam("ids", expanding=True)])
+    def test_IN_of_values_is_refused(self, ids: object) -> None:
+        statement = Statement(lambda owner: _task(Task.user_id == owner, Task.id.in_(ids)))  # type: ignore[arg-type]
+        with pytest.raises(AssertionError, match="any_"):
+            _ = statement.alone
 
 
 class TestForgottenOwner:

@@ -24,7 +24,7 @@ from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.compiler import SQLCompiler
 
-from todo_db.errors import TodoDBError
+from todo_db.errors import ConfigurationError, TodoDBError
 
 OWNER: Final = "user_id"
 """The parameter that every statement has: whose rows it may see and touch."""
@@ -45,15 +45,25 @@ class Compiled(NamedTuple):
     Attributes:
         sql: The text, with `$1`, `$2`, … for its parameters.
         names: The parameters' names, in this order.
+        constants: The values of those that the statement brings itself, as `Label.size > 3` does.
     """
 
     sql: str
     names: tuple[str, ...]
+    constants: Mapping[str, object]
 
-    def arguments(self, user_id: str, values: Mapping[str, object]) -> Iterator[object]:
-        """Return the values in the order of the parameters; `values` must name each once."""
-        given = {**values, OWNER: user_id}
-        return map(given.__getitem__, self.names)
+    def arguments(self, user_id: str, values: Mapping[str, object]) -> tuple[object, ...]:
+        """Return the values in the order of the parameters, as asyncpg takes them.
+
+        Raises:
+            ConfigurationError: `values` has none for a parameter of the statement.
+        """
+        given = {**self.constants, **values, OWNER: user_id}
+        try:
+            return tuple(map(given.__getitem__, self.names))
+        except KeyError as error:
+            failure = ConfigurationError(f"the operation has no value for {error}")
+        raise failure
 
 
 class Statement:
@@ -107,7 +117,12 @@ def _is_owner(element: object) -> bool:
 
 def _compiled(statement: Executable, **options: object) -> Compiled:
     compiled = cast("SQLCompiler", statement.compile(dialect=_DIALECT, **options))  # type: ignore[attr-defined]
-    return Compiled(str(compiled), tuple(compiled.positiontup or ()))
+    if compiled.post_compile_params:
+        raise AssertionError("IN needs a text of its own for each number of values: use any_")
+    names = tuple(compiled.positiontup or ())
+    binds = compiled.binds
+    constants = {name: binds[name].value for name in names if not binds[name].required}
+    return Compiled(str(compiled), names, constants)
 
 
 class Retry(Enum):
