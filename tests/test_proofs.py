@@ -1,5 +1,6 @@
 """The proofs of `todo_db.testing` hold for what is sound, and name each planted mistake."""
 
+import time
 from collections.abc import Awaitable, Callable
 from secrets import token_hex
 from typing import Annotated, Any, Final
@@ -42,6 +43,8 @@ from todo_db.testing import assert_fenced, assert_isolated, count_round_trips
 from todo_db.testing.fenced import _value
 from todo_db.testing.isolated import _missing
 from todo_db.testing.openapi import Document
+
+type Route = Callable[..., Awaitable[object]]
 
 
 class Base(DeclarativeBase):
@@ -315,6 +318,19 @@ async def lists_all(tasks: Tasks, user_id: CurrentUserId) -> list[TaskRecord]:
     return list((await tasks.list("alice")).items)
 
 
+async def counts_all(tasks: Tasks, user_id: CurrentUserId) -> int:
+    del user_id
+    return await tasks.count("alice")
+
+
+async def has_the_time(user_id: CurrentUserId) -> str:
+    return f"{user_id} at {time.perf_counter()}"
+
+
+async def clears(tasks: Tasks, user_id: CurrentUserId) -> None:
+    await tasks.delete_completed(user_id)
+
+
 async def never_answers() -> None:
     raise HTTPException(500)
 
@@ -372,9 +388,11 @@ class TestAssertIsolated:
             ("POST", "/chosen", takes_the_user_from_the_body, "change what belongs to alice"),
             ("POST", "/removed", takes_ids_of_others, "change what belongs to alice"),
             ("GET", "/all", lists_all, "shows mallory what belongs to alice"),
+            ("GET", "/count", counts_all, "shows mallory that alice stored something"),
             ("GET", "/never", never_answers, "not reached: alice gets 500"),
             ("GET", "/tasks/{task_id}", tells_another_reason_each_time, "alice gets 404"),
             ("GET", "/labels/{label_id}", has_another_id, "no POST operation returns a label_id"),
+            ("POST", "/labels/{label_id}", has_another_id, "no POST operation returns a label_id"),
         ],
     )
     async def test_names_the_route_and_its_mistake(
@@ -382,7 +400,7 @@ class TestAssertIsolated:
         api: FastAPI,
         method: str,
         path: str,
-        route: Callable[..., Awaitable[object]],
+        route: Route,
         message: str,
     ) -> None:
         api.get("/sound/{task_id}")(is_sound)
@@ -392,6 +410,26 @@ class TestAssertIsolated:
         for line in str(caught.value).splitlines():
             assert line.startswith(f"{method} {path}: ")
         assert message in str(caught.value)
+
+    @pytest.mark.parametrize("route", [lists_all, counts_all])
+    async def test_finds_a_route_that_stands_before_the_one_that_stores(
+        self, todo_database_url: str, monkeypatch: pytest.MonkeyPatch, route: Route
+    ) -> None:
+        monkeypatch.setenv("DATABASE_URL", todo_database_url)
+        app = FastAPI(lifespan=lifespan())
+        install(app)
+        app.get("/all")(route)
+        app.post("/tasks")(creates)
+        with pytest.raises(AssertionError, match=r"^GET /all: shows mallory"):
+            await assert_isolated(app)
+
+    async def test_allows_an_answer_that_changes_by_itself(self, api: FastAPI) -> None:
+        api.get("/time")(has_the_time)
+        await assert_isolated(api)
+
+    async def test_allows_a_POST_without_an_answer(self, api: FastAPI) -> None:
+        api.post("/cleared", status_code=204)(clears)
+        await assert_isolated(api)
 
     async def test_takes_ids_bodies_and_headers_of_the_caller(self, api: FastAPI) -> None:
         async def task(database: Database, user: str) -> int:

@@ -173,7 +173,7 @@ FROM (
 UNION ALL SELECT 'login-bypasses', session_user::text,
     'transactions are fenced all the same, but injected SQL could step back to this login, and it'
     ' bypasses or controls row-level security',
-    'connect as a login of its own: CREATE ROLE todo_login LOGIN PASSWORD … IN ROLE todo_app'
+    'make a login of its own: todo-db login todo_login, and connect with the URL that it prints'
 WHERE EXISTS (
     SELECT FROM pg_roles r WHERE pg_has_role(session_user, r.oid, 'MEMBER')
         AND (r.rolsuper OR r.rolbypassrls OR r.oid IN (SELECT relowner FROM relations))

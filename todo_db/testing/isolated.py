@@ -49,7 +49,8 @@ async def assert_isolated(  # noqa: PLR0913  # what an API may need
     Walks the OpenAPI document. alice calls each operation first, with ids that POST operations
     return, and must succeed. Then mallory calls it with her ids, and with ids that do not exist:
     both answers must be equal in status, headers and body, and what alice has must not change. Then
-    mallory sends alice's id in place of each text of the body.
+    mallory sends alice's id in place of each text of the body. What a GET without ids shows mallory
+    must not change when alice stores something by each POST operation that answers with an id.
 
     Args:
         app: The application, with the lifespan of `todo_db.fastapi`. It is started and stopped.
@@ -153,9 +154,9 @@ class _Walk:
         self._numbers = count(1)
 
     async def failures(self, skip: Collection[str]) -> AsyncGenerator[str]:
-        for operation in self._document.operations:
-            if operation.name in skip:
-                continue
+        called = [each for each in self._document.operations if each.name not in skip]
+        self._creators = [each for each in called if await self._creates(each)]
+        for operation in called:
             try:
                 async for failure in self._try(operation):
                     yield f"{operation.name}: {failure}"
@@ -167,6 +168,10 @@ class _Walk:
         # Made anew, because the call may have deleted something.
         alices = await self._make_ids(operation, self._alice)
         mallorys = await self._make_ids(operation, self._mallory)
+        if not alices:
+            await self._store()
+            if operation.method == "get" and await self._tells_more(operation):
+                yield "shows mallory that alice stored something"
         before = await self._rows()
         for name, value in alices.items():
             absent = [{name: _missing(value, number)} for number in (1, 2)]
@@ -181,6 +186,31 @@ class _Walk:
         await self._send(self._mallory, operation, mallorys, self._alice)
         if await self._rows() != before:
             yield "lets mallory change what belongs to alice"
+
+    async def _creates(self, operation: Operation) -> bool:
+        """Whether it stores something: a POST that answers with an id."""
+        if operation.method != "post":
+            return False
+        try:
+            ids = await self._make_ids(operation, self._alice)
+        except _Unreachable:
+            return False
+        return _id_of(await self._send(self._alice, operation, ids)) is not None
+
+    async def _store(self) -> None:
+        """Have alice store something of each kind."""
+        for creator in self._creators:
+            await self._send(self._alice, creator, await self._make_ids(creator, self._alice))
+
+    async def _tells_more(self, operation: Operation) -> bool:
+        """Whether mallory gets another answer once alice has stored more, as from a count."""
+        # Twice, because an answer can have the time in it.
+        for _ in range(2):
+            before = [(await self._answer(operation, {})).text for _ in range(2)]
+            await self._store()
+            if before[0] != before[1] or (await self._answer(operation, {})).text == before[0]:
+                return False
+        return True
 
     async def _reach(self, operation: Operation) -> None:
         ids = await self._make_ids(operation, self._alice)
@@ -253,10 +283,7 @@ class _Walk:
         outer = {key: made[key] for key in re.findall(r"{(\w+)}", creator.path) if key in made}
         ids = outer or await self._make_ids(creator, user)
         answer = await self._send(user, creator, ids)
-        found = None
-        if answer.is_success and isinstance(body := answer.json(), dict):
-            members = cast("dict[str, Id]", body)
-            found = members.get("id", members.get(name))
+        found = _id_of(answer, name)
         if found is None:
             raise _Unreachable(f"{creator.name} returns no {name} ({answer.status_code})")
         return found
@@ -281,6 +308,18 @@ class _Answer:
         for value in sorted(map(str, ids.values()), key=len, reverse=True):
             body, headers = body.replace(value, "{id}"), headers.replace(value, "{id}")
         return cls(answer.status_code, json.loads(headers), body, answer.text)
+
+
+def _id_of(answer: "Response", name: str = "id") -> Id | None:
+    """Return the id of what a POST stored, by `id` or by its own name."""
+    try:
+        body = answer.json() if answer.is_success else None
+    except ValueError:
+        return None
+    if not isinstance(body, dict):
+        return None
+    members = cast("dict[str, Id]", body)
+    return members.get("id", members.get(name))
 
 
 def _missing(value: Id, number: int) -> Id:
