@@ -39,6 +39,7 @@ from server import Server
 
 _HERE: Final = Path(__file__).parent
 _PAGE: Final = _HERE.parent / "docs" / "explanation" / "performance.md"
+_README: Final = _HERE.parent / "README.md"
 _IMAGES: Final = _HERE.parent / "docs" / "images"
 _TIMEOUT_SECONDS: Final = 600
 _ENVIRONMENT: Final = {
@@ -79,6 +80,8 @@ def main() -> None:
         }
         if images is not None:
             report.charts(found, images)
+        if page is not None:
+            report.publish({"chart": report.sentence(found)}, _README)
     report.publish(parts, page)
     if options.out is not None:
         (options.out / "results.json").write_text(json.dumps({"exact": exact, "rounds": rounds}))
