@@ -4,6 +4,7 @@ import platform
 import re
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -75,12 +76,12 @@ def sentence(found: Results) -> str:
     todo, unfenced, fenced = (
         found[name]["2 ms"]["get"] for name in ("todo_db", "asyncpg", "sqlalchemy-fenced")
     )
-    return (
-        f"With a network delay of 2 ms each way, reading one task takes {todo:.1f} ms: as long as "
-        f"asyncpg without isolation ({unfenced:.1f} ms). A SQLAlchemy session with the same "
-        f"row-level security takes {fenced:.1f} ms. "
-        "`uv run benchmarks/run.py --docs` measures it again."
+    text = (
+        f"With 2 ms to the database each way, `get` takes {todo:.1f} ms. asyncpg without isolation "
+        f"takes {unfenced:.1f} ms, and SQLAlchemy's ORM with the same row-level security "
+        f"{fenced:.1f} ms."
     )
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def by_call(found: Results, figure: str, form: str) -> str:
