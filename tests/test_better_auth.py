@@ -54,6 +54,7 @@ from todo_db.better_auth import Authenticator, Identity
 from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
 from todo_db.keys import TableKeys
 
+WORLD: Final = "todo_credentials"
 _ACCEPTED: Final = sorted(accepted(Issued()))
 _REFUSED: Final = sorted(refused(Issued()))
 _EXAMPLES: Final = settings(max_examples=100, deadline=None, database=None)
@@ -102,20 +103,16 @@ class World:
         self.behind_tls = Authenticator(database, set_up("https://todo.example.org"))
 
 
-@pytest_asyncio.fixture(scope="module", params=[LOGIN, OWNER])
-async def world(
-    todo_postgres: EmbeddedPostgres, request: pytest.FixtureRequest
-) -> AsyncGenerator[World]:
-    name = "todo_credentials"
-    todo_postgres.create_database(name, template="todo_template")
-    owner = await asyncpg.connect(todo_postgres.url(database=name))
+@pytest_asyncio.fixture(scope="module")
+async def world(todo_postgres: EmbeddedPostgres) -> AsyncGenerator[World]:
+    todo_postgres.create_database(WORLD, template="todo_template")
+    owner = await asyncpg.connect(todo_postgres.url(database=WORLD))
     await add_user(owner, "alice")
     issued = await issue(owner)
     await owner.close()
-    url = todo_postgres.url(user=str(request.param), database=name)
-    async with Database.from_url(url) as database:
+    async with Database.from_url(todo_postgres.url(user=LOGIN, database=WORLD)) as database:
         yield World(database, issued)
-    todo_postgres.drop_database(name)
+    todo_postgres.drop_database(WORLD)
 
 
 @pytest_asyncio.fixture
@@ -158,6 +155,16 @@ class TestUserId:
     async def test_refuses(self, name: str, world: World) -> None:
         async with asyncio.timeout(10):
             await refusal(world.authenticator, world.refused[name])
+
+    async def test_answers_the_same_under_the_owners_login(
+        self, todo_postgres: EmbeddedPostgres, world: World
+    ) -> None:
+        async with Database.from_url(todo_postgres.url(user=OWNER, database=WORLD)) as database:
+            authenticator = Authenticator(database, set_up())
+            for credential in world.accepted.values():
+                assert await asked(authenticator, credential) == "alice"
+            for credential in world.refused.values():
+                await refusal(authenticator, credential)
 
     async def test_accepts_only_the_secure_cookie_with_https(self, world: World) -> None:
         value = signed(world.issued.token)
