@@ -176,10 +176,15 @@ class TestSources:
             assert Settings(jwt_audience=value).jwt_audience == items
         assert Settings(jwt_audience=["a,b"]).jwt_audience == ("a,b",)
 
-    def test_an_argument_is_not_read_as_a_file(self, folder: Path) -> None:
+    def test_env_file_can_be_another_one_or_none(self, folder: Path) -> None:
+        (folder / ".env").write_text("TODO_DB_POOL_SIZE=6")
         (folder / "other.env").write_text("TODO_DB_POOL_SIZE=7")
-        with pytest.raises(ConfigurationError):
-            Settings(_env_file="other.env")
+        assert Settings(_env_file="other.env").pool_size == 7
+        assert Settings(_env_file=None).pool_size == 5
+
+    def test_misspelt_option_of_pydantic_is_refused(self) -> None:
+        with pytest.raises(ConfigurationError, match=r"^unknown settings: _env_fil$"):
+            Settings(_env_fil=None)
 
 
 class TestBounds:

@@ -1,6 +1,7 @@
 """Everything that can be set, from arguments, the environment or `.env`, in this order."""
 
-from typing import Annotated, Any, ClassVar, override
+from inspect import signature
+from typing import Annotated, Any, ClassVar, Final, override
 
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -21,11 +22,20 @@ def _separated(value: object) -> object:
 _List = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_separated)]
 
 
+# What pydantic-settings takes besides the fields, such as `_env_file`.
+_OPTIONS: Final = {
+    name
+    for name in signature(BaseSettings.__init__).parameters
+    if name.startswith("_") and not name.startswith("__")
+}
+
+
 class Settings(BaseSettings):
     """Frozen settings. URLs and secrets print as asterisks.
 
     Each field is read from the variable of its name, `TODO_DB_` in front unless another name is
-    given below. Durations are in seconds.
+    given below. Durations are in seconds. `Settings(_env_file=None)` reads no `.env`, and
+    `_env_file="test.env"` another file.
 
     Raises:
         ConfigurationError: A value cannot be used. Names the field, not the value.
@@ -126,14 +136,14 @@ class Settings(BaseSettings):
     def __init__(self, **values: Any) -> None:  # noqa: ANN401  # pydantic checks each value
         # `.env` may hold other programs' variables, so pydantic has to ignore what it does not
         # know; a misspelt argument is a mistake.
-        if unknown := sorted(values.keys() - type(self).model_fields.keys()):
+        if unknown := sorted(values.keys() - type(self).model_fields.keys() - _OPTIONS):
             raise ConfigurationError(f"unknown settings: {', '.join(unknown)}")
         try:
             super().__init__(**values)
         except ValidationError as error:
             failure = ConfigurationError(_explained(error))
         except UnicodeDecodeError:
-            failure = ConfigurationError("the file .env is not UTF-8")
+            failure = ConfigurationError("the .env file is not UTF-8")
         else:
             return
         raise failure
