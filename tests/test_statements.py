@@ -35,9 +35,9 @@ _INSERT: Final = re.compile(
     r"(?:VALUES \((?P<values>[^)]*)\)|SELECT (?P<selected>.*?)\s+FROM)",
     re.DOTALL,
 )
-# The only literals of the package: LIKE's escape, the value of rows that are only counted, and an
-# empty array of ids.
-_LITERALS: Final = (r"ESCAPE '\'", "RETURNING 1", "'{}'::bigint[]")
+# The only literals of the package: the value of rows that are only counted, and an empty array of
+# ids.
+_LITERALS: Final = ("RETURNING 1", "'{}'::bigint[]")
 _INSERTABLE: Final = {
     "tasks": {"user_id", "title", "description", "completed"},
     "users": {"id", "email", "username", "name", "image"},

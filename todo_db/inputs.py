@@ -190,7 +190,7 @@ def limit(value: object) -> int:
 
 
 def search(value: object) -> str | None:
-    """Check a search text; return a LIKE pattern in which its wildcards are escaped.
+    """Check a search text; return a LIKE pattern in which its wildcards are escaped by a backslash.
 
     None and the empty text mean no search, so that every task matches.
     """

@@ -6,13 +6,14 @@ The transaction commits, so the session does not: `commit`, `rollback` and `begi
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Final, Never, override
+from typing import Any, Final, Never, cast, override
 
 from sqlalchemy import event, inspect
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Mapper, Session, SessionTransaction, UOWTransaction
 from sqlalchemy.orm.attributes import instance_dict
 
+from todo_db.engine import TransactionConnection
 from todo_db.errors import IsolationError, TransactionError
 from todo_db.models import User
 
@@ -69,8 +70,10 @@ class _SyncSession(Session):
             super().flush(objects)
         except BaseException:
             if not self.is_active and not self.in_nested_transaction():
-                # It would ask for a rollback() before anything else. The transaction is aborted,
-                # and says so itself.
+                # The session has undone all that it sent, and the server has not: so the
+                # transaction commits nothing, and says so itself. The session would ask for a
+                # rollback() before anything else.
+                cast("TransactionConnection", self.bind).gate.abort()
                 super().rollback()
             raise
 

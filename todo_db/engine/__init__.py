@@ -6,7 +6,13 @@ from todo_db.engine.connection import (
     create_direct_engine,
     execute_unlogged,
 )
-from todo_db.engine.driver import STALE_ROWS, STALE_STATEMENT, observe_answers, transport
+from todo_db.engine.driver import (
+    STALE_ROWS,
+    STALE_STATEMENT,
+    TransactionConnection,
+    observe_answers,
+    transport,
+)
 from todo_db.engine.pool import Pool
 from todo_db.engine.url import Endpoint, parse_url
 
@@ -16,6 +22,7 @@ __all__ = [
     "Endpoint",
     "Pool",
     "PooledConnection",
+    "TransactionConnection",
     "connect_failure",
     "create_direct_engine",
     "execute_unlogged",

@@ -13,7 +13,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final, Never, Protocol, cast, override
 
 import asyncpg
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.engine.interfaces import AdaptedConnection, DBAPICursor, ExecutionContext
@@ -199,12 +199,6 @@ class TransactionAsyncConnection(AsyncConnection):
     @override
     async def get_raw_connection(self) -> Never:
         raise TransactionError("asyncpg's connection would send past the checks of the transaction")
-
-
-@event.listens_for(TransactionConnection, "rollback")
-def _abort(connection: Connection) -> None:
-    # A flush failed: the session has undone all that it sent, and the server has not.
-    cast("TransactionConnection", connection).gate.abort()
 
 
 class _Stream:

@@ -487,12 +487,7 @@ def _filter_clauses(completed: bool, search: bool) -> list[ColumnElement[bool]]:
         clauses.append(Task.completed == bindparam("completed", type_=Boolean()))
     if search:
         pattern = bindparam("pattern", type_=Text())
-        clauses.append(
-            or_(
-                Task.title.ilike(pattern, escape="\\"),
-                Task.description.ilike(pattern, escape="\\"),
-            )
-        )
+        clauses.append(or_(Task.title.ilike(pattern), Task.description.ilike(pattern)))
     return clauses
 
 
