@@ -602,6 +602,24 @@ class TestEditing:
         await alice.edit("Buy milk", "Buy oat milk")
         await expect(alice.titles).to_have_text(["Buy oat milk"])
 
+    async def test_adds_once_a_task_that_is_gone(self, alice: Person) -> None:
+        async def lose_the_answer(route: Route) -> None:
+            await route.fetch()
+            await route.abort()
+
+        [task] = await alice.create("Buy milk")
+        await alice.press("Edit: Buy milk")
+        await alice.fill("Title", "Buy oat milk")
+        await alice.send(f"/api/tasks/{task['id']}", "DELETE")
+        await alice.press("Save")
+        await alice.page.route("**/api/tasks", lose_the_answer, times=1)
+        await alice.press("Save as a new task")
+        await expect(alice.form.get_by_role("alert")).to_contain_text("cannot be reached")
+        await alice.press("Save as a new task")
+        await expect(alice.form).to_be_hidden()
+        await alice.page.reload()
+        await expect(alice.titles).to_have_text(["Buy oat milk"])
+
     async def test_survives_another_filter(self, alice: Person) -> None:
         await alice.create("Buy milk", "Water the plants")
         await alice.press("Edit: Buy milk")
@@ -677,6 +695,16 @@ class TestDeleting:
         await expect(alice.page.get_by_label("E-mail").first).to_be_focused()
         await alice.sign_in()
         await expect(alice.titles).to_have_text(["Water the plants"])
+
+    async def test_succeeds_if_the_task_is_gone(self, alice: Person) -> None:
+        [task] = await alice.create("Buy milk")
+        await alice.press("Delete: Buy milk")
+        await alice.send(f"/api/tasks/{task['id']}", "DELETE")
+        # It is sent now, and the page stays if it fails.
+        await alice.press("Sign out")
+        await expect(alice.page.locator("#door")).to_be_visible()
+        await alice.sign_in()
+        await expect(alice.page.locator("#empty")).to_be_visible()
 
     async def test_outlives_another_filter(self, alice: Person) -> None:
         await alice.create("Buy milk")
@@ -759,6 +787,98 @@ class TestAddress:
         await expect(alice.page.get_by_label("Sort by")).to_have_value("newest")
 
 
+class TestLateAnswers:
+    async def test_to_an_older_question_is_not_shown(self, alice: Person) -> None:
+        waiting = asyncio.Event()
+
+        async def hold(route: Route) -> None:
+            await waiting.wait()
+            await route.continue_()
+
+        await alice.create("Water the plants", "Buy milk")
+        await alice.page.route("**/api/tasks?sort=title*", hold)
+        await alice.page.get_by_label("Sort by").select_option("By title")
+        await alice.page.get_by_label("Sort by").select_option("Oldest first")
+        await expect(alice.titles).to_have_text(["Water the plants", "Buy milk"])
+        async with alice.page.expect_response("**/api/tasks?sort=title*"):
+            waiting.set()
+        await alice.page.wait_for_timeout(200)
+        await expect(alice.titles).to_have_text(["Water the plants", "Buy milk"])
+
+    async def test_brings_no_task_back(self, alice: Person) -> None:
+        answered, waiting = asyncio.Event(), asyncio.Event()
+
+        async def answer_late(route: Route) -> None:
+            answer = await route.fetch()
+            answered.set()
+            await waiting.wait()
+            await route.fulfill(response=answer)
+
+        [task, _] = await alice.create("Buy milk", "Water the plants")
+        await alice.page.route("**/api/tasks?sort=title*", answer_late)
+        await alice.page.get_by_label("Sort by").select_option("By title")
+        await answered.wait()
+        await alice.send(f"/api/tasks/{task['id']}", "DELETE")
+        await alice.press("Edit: Buy milk")
+        await expect(alice.alert).to_contain_text("gone")
+        waiting.set()
+        await expect(alice.news).to_have_text("Shown: 1 task.")
+        await expect(alice.titles).to_have_text(["Water the plants"])
+
+    async def test_is_not_shown_after_a_sign_out(self, alice: Person) -> None:
+        waiting = asyncio.Event()
+
+        async def hold(route: Route) -> None:
+            await waiting.wait()
+            await route.continue_()
+
+        await alice.page.route("**/api/tasks", hold)
+        await alice.fill("New task", "Buy milk")
+        await alice.press("Add")
+        await alice.press("Sign out")
+        await expect(alice.page.locator("#door")).to_be_visible()
+        waiting.set()
+        await alice.page.wait_for_timeout(500)
+        assert "milk" not in await alice.page.content()
+        await alice.sign_in()
+        await expect(alice.page.locator("#tasks")).to_be_visible()
+
+
+class TestNews:
+    """What a screen reader says."""
+
+    async def test_names_each_change(self, alice: Person) -> None:
+        status = alice.page.get_by_role("status")
+        await alice.add("Buy milk")
+        await expect(status).to_contain_text("Added “Buy milk”.")
+        await alice.page.get_by_label("Done: Buy milk").click()
+        await expect(status).to_contain_text("Done: Buy milk")
+        await alice.page.get_by_label("Done: Buy milk").click()
+        await expect(status).to_contain_text("Open again: Buy milk")
+        await alice.edit("Buy milk", "Buy oat milk")
+        await expect(status).to_contain_text("Saved “Buy oat milk”.")
+        await alice.press("Delete: Buy oat milk")
+        await expect(status).to_contain_text("Deleting “Buy oat milk”.")
+        await alice.press("Undo: Buy oat milk")
+        await expect(status).to_contain_text("“Buy oat milk” is kept.")
+        await alice.fill("Search", "nowhere")
+        await expect(status).to_contain_text("No task contains “nowhere”.")
+        await alice.fill("Search", "")
+        await expect(status).to_contain_text("Shown: 1 task.")
+
+
+class TestSession:
+    async def test_that_has_ended_leads_to_the_sign_in(self, alice: Person) -> None:
+        await alice.create("Buy milk")
+        await alice.send("/api/auth/sign-out", "POST", {})
+        await alice.page.get_by_label("Done: Buy milk").click()
+        await expect(alice.alert).to_have_text("You are signed out. Please sign in again.")
+        await expect(alice.page.locator("#door")).to_be_visible()
+        assert "milk" not in await alice.page.content()
+        await alice.sign_in()
+        await expect(alice.titles).to_have_text(["Buy milk"])
+
+
 class TestFocus:
     async def test_follows_the_last_page(self, alice: Person) -> None:
         await alice.create(*(f"Task {number}" for number in range(21)))
@@ -780,6 +900,7 @@ class TestFocus:
         await tick.click()
         await expect(tick).to_be_focused()
         await expect(tick).to_be_disabled()
+        await expect(tick).not_to_be_checked()
         waiting.set()
         await expect(tick).to_be_checked()
         await expect(tick).to_be_focused()
