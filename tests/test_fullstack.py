@@ -117,6 +117,18 @@ async def lose_the_answer(route: Route) -> None:
     await route.abort()
 
 
+def late(answered: asyncio.Event, waiting: asyncio.Event) -> Callable[[Route], Awaitable[None]]:
+    """Return a handler that lets the server answer, and keeps the answer for some time."""
+
+    async def answer(route: Route) -> None:
+        response = await route.fetch()
+        answered.set()
+        await waiting.wait()
+        await route.fulfill(response=response)
+
+    return answer
+
+
 async def titles(address: str, cookies: httpx.Cookies) -> list[str]:
     async with visitor(address, cookies) as client:
         items = (await client.get("/api/tasks")).json()["items"]
@@ -498,13 +510,19 @@ class TestAdding:
     @pytest.mark.parametrize("sort", ["Oldest first", "By title", "Last changed first"])
     async def test_shows_a_task_once_in_every_order(self, alice: Person, sort: str) -> None:
         await alice.create(*(f"Task {number}" for number in range(21)))
+        answered, waiting = asyncio.Event(), asyncio.Event()
+        await alice.page.route("**/api/tasks?sort=*", late(answered, waiting), times=1)
         await alice.page.get_by_label("Sort by").select_option(sort)
-        # At once, while the list is loaded.
-        await alice.add("Zebra")
+        await answered.wait()
+        await alice.fill("New task", "Zebra")
+        await alice.press("Add")
+        await expect(alice.news).to_have_text("Added “Zebra”.")
+        waiting.set()
         await expect(alice.titles.first).to_have_text("Zebra")
         await alice.press("Load more")
         await expect(alice.titles).to_have_count(22)
         await expect(alice.titles.get_by_text("Zebra")).to_have_count(1)
+        await expect(alice.titles.first).to_have_text("Zebra")
 
 
 class TestEditing:
@@ -781,18 +799,6 @@ class TestAddress:
         await alice.page.goto(f"{alice.address}/?sort=nonsense&completed=perhaps&cursor=x&limit=0")
         await expect(alice.titles).to_have_text(["Buy milk"])
         await expect(alice.page.get_by_label("Sort by")).to_have_value("newest")
-
-
-def late(answered: asyncio.Event, waiting: asyncio.Event) -> Callable[[Route], Awaitable[None]]:
-    """Return a handler that lets the server answer, and keeps the answer for some time."""
-
-    async def answer(route: Route) -> None:
-        response = await route.fetch()
-        answered.set()
-        await waiting.wait()
-        await route.fulfill(response=response)
-
-    return answer
 
 
 class TestLateAnswers:
