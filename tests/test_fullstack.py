@@ -357,9 +357,11 @@ class TestStates:
         await expect(page.get_by_role("button", name="Undo: Buy butter")).to_be_focused()
         await alice.look("undo")
         await alice.press("Delete all that is done")
+        await expect(page.get_by_role("dialog", name="Delete all that is done?")).to_be_visible()
         await alice.look("clear")
         await alice.press("Keep them")
         await alice.press("Delete account")
+        await expect(page.get_by_role("dialog", name="Delete your account?")).to_be_visible()
         await alice.look("leave")
         await alice.press("Keep it")
 

@@ -76,8 +76,8 @@ _GRANTS = (
     UPDATE (email, name, username, image) ON users""",
     "SELECT ON todo_db_version",
 )
-# Better Auth's role and owners may write `email_verified`, and decide themselves. The role that is in
-# force may be a login that inherits todo_app, so its name says nothing.
+# Better Auth's role and owners may write `email_verified`, and decide themselves. The function asks
+# for that right, and not for a name: a login that inherits todo_app has a name of its own.
 _RESET = """
     CREATE FUNCTION reset_email_verified() RETURNS trigger
     LANGUAGE plpgsql SET search_path = '' AS $$
