@@ -199,6 +199,12 @@ ATTACKS: Final = (
         MALLORYS,
     ),
     Attack("users.update", lambda at, user_id, _: at.users.update(user_id, name="new"), MALLORYS),
+    # Without its predicate it would give all users the same address, which is unique.
+    Attack(
+        "users.set_email",
+        lambda at, user_id, _: at.users.set_email(user_id, email="mallory@example.net"),
+        MALLORYS,
+    ),
     Attack(
         "users.set_email",
         lambda at, user_id, _: at.users.set_email(user_id, email="alice@example.org"),

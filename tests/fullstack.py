@@ -16,7 +16,14 @@ from urllib.parse import urlsplit
 
 import httpx
 from better_auth import PASSWORD
-from playwright.async_api import Browser, ConsoleMessage, Locator, async_playwright, expect
+from playwright.async_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Locator,
+    async_playwright,
+    expect,
+)
 
 ROOT: Final = Path(__file__).parents[1]
 EXAMPLE: Final = ROOT / "examples" / "fullstack"
@@ -69,14 +76,35 @@ def axe() -> str:
     return f"{_AXE.read_text()};undefined"
 
 
+def _chromium() -> str:
+    path = shutil.which("chromium")
+    assert path is not None, "Debian's package chromium is not installed"
+    return path
+
+
 @asynccontextmanager
 async def chromium_browser() -> AsyncGenerator[Browser]:
     async with async_playwright() as playwright:
-        path = shutil.which("chromium")
-        assert path is not None, "Debian's package chromium is not installed"
-        browser = await playwright.chromium.launch(executable_path=path, args=_CHROMIUM)
+        browser = await playwright.chromium.launch(executable_path=_chromium(), args=_CHROMIUM)
         yield browser
         await browser.close()
+
+
+@asynccontextmanager
+async def chromium_with_all_cookies(folder: Path) -> AsyncGenerator[BrowserContext]:
+    """Run a browser that sends the cookies of one site for pages of another.
+
+    Chromium does so by a preference, which Playwright's usual contexts do not have.
+    """
+    preferences = folder / "Default" / "Preferences"
+    preferences.parent.mkdir()
+    preferences.write_text(json.dumps({"profile": {"cookie_controls_mode": 0}}))
+    async with async_playwright() as playwright:
+        context = await playwright.chromium.launch_persistent_context(
+            folder, executable_path=_chromium(), args=_CHROMIUM
+        )
+        yield context
+        await context.close()
 
 
 class Person:

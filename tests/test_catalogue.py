@@ -102,6 +102,8 @@ class TestRead:
             "DROP TRIGGER update_tasks_updated_at ON tasks",
             """CREATE TRIGGER spy AFTER INSERT ON tasks
                 FOR EACH ROW EXECUTE FUNCTION set_updated_at()""",
+            "DROP TRIGGER reset_users_email_verified ON users",
+            "ALTER FUNCTION reset_email_verified() RESET search_path",
             "ALTER FUNCTION set_updated_at() RESET search_path",
             "ALTER FUNCTION set_updated_at() SECURITY DEFINER",
             "ALTER FUNCTION set_updated_at() IMMUTABLE",
@@ -150,7 +152,7 @@ class TestRead:
             "ALTER TABLE tasks ALTER user_id DROP NOT NULL",
             "ALTER TABLE tasks ALTER user_id SET DEFAULT 'alice'",
             "ALTER TABLE tasks ALTER created_at DROP DEFAULT",
-            'ALTER TABLE users ALTER email TYPE text COLLATE "C"',
+            'ALTER TABLE users ALTER username TYPE text COLLATE "C"',
             "ALTER TABLE users ADD shout text GENERATED ALWAYS AS (upper(name)) STORED",
             "ALTER SEQUENCE tasks_id_seq CYCLE",
             "ALTER SEQUENCE tasks_id_seq CACHE 50",

@@ -331,10 +331,15 @@ class TestDoctor:
 
     @pytest.mark.usefixtures("set_url")
     def test_shows_first_what_it_examined(self) -> None:
-        lines = [line.strip("│ ").split("│") for line in run("doctor").stdout.splitlines()[1:5]]
+        lines = [line.strip("│ ").split("│") for line in run("doctor").stdout.splitlines()[1:6]]
         about = {name.strip(): value.strip() for name, value in lines}
         assert re.fullmatch(r"PostgreSQL \d+\.\d+", about.pop("server"))
-        assert about == {"migration": REVISION, "endpoint": "direct", "line": "unix socket"}
+        assert about == {
+            "migration": REVISION,
+            "endpoint": "direct",
+            "line": "unix socket",
+            "credentials": "none: the settings name no issuer",
+        }
 
     @pytest.mark.usefixtures("set_url")
     def test_shows_an_unknown_revision(self) -> None:

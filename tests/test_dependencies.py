@@ -321,6 +321,27 @@ class TestMounted:
             assert (await asking.get("/api/me")).status_code == 401
         assert inner.exception_handlers[HTTPException] is teapot
 
+    async def test_has_overrides_of_its_own(self, url: str, db: Database) -> None:  # noqa: ARG002
+        outer, inner = service(url), FastAPI()
+        add_routes(inner)
+        outer.mount("/api", inner)
+        for replaced, statuses in ((inner, (401, 200)), (outer, (200, 401))):
+            replaced.dependency_overrides[current_user_id] = lambda: "alice"
+            async with client(outer) as asking:
+                got = [(await asking.get(path)).status_code for path in ("/me", "/api/me")]
+            assert tuple(got) == statuses
+            replaced.dependency_overrides.clear()
+
+    async def test_needs_the_lifespan_outside(
+        self, url: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        outer = FastAPI()
+        install(outer)
+        outer.mount("/api", service(url))
+        async with client(outer) as asking:
+            assert (await asking.get("/api/me")).status_code == 500
+        assert "give the outermost FastAPI `lifespan=lifespan()`" in caplog.text
+
 
 class TestOrder:
     """Whoever has no credential learns nothing else about the request."""
@@ -342,6 +363,9 @@ class TestOrder:
                 assert anonymous.status_code == 401
             known = await asking.patch("/tasks/junk", headers=headers | alice, json={})
             assert known.status_code == 422
+            # FastAPI parses the body first.
+            junk = headers | {"Content-Type": "application/json"}
+            assert (await asking.patch("/tasks/1", headers=junk, content="{")).status_code == 422
 
 
 class TestIdempotencyKey:

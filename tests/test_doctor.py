@@ -7,11 +7,13 @@ import time
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager
 from dataclasses import FrozenInstanceError, dataclass
+from typing import Any, Final
 
 import own_tables
 import pytest
 import pytest_asyncio
 from cluster import OWNER, Cluster
+from credentials import add_key
 from driver import Connection
 from pgbouncer import PASSWORD, TRIXIE, PgBouncer
 
@@ -752,7 +754,9 @@ MISTAKES = (
 # Tests of their own have these.
 ELSEWHERE = {
     "clock-skewed",
+    "credentials-unusable",
     "direct-pooled",
+    "jwks-algorithm",
     "server-old",
     "statements-untracked",
     "tls-missing",
@@ -1302,6 +1306,78 @@ class TestReport:
         ) as pooler:
             url = pooler.url(LOGIN, DATABASE)
             assert (await examine(Settings(database_url=url))).endpoint == "pooled"
+
+
+class TestCredentials:
+    """What the settings accept, compared with the table `jwks`."""
+
+    BETTER_AUTH: Final[dict[str, Any]] = {
+        "better_auth_secret": MARKER,
+        "better_auth_url": "http://localhost:3000",
+    }
+
+    @staticmethod
+    async def examined(place: Cluster, login: str = LOGIN, **settings: Any) -> tuple[Found, str]:  # noqa: ANN401  # Settings checks them
+        seen = await examine(Settings(database_url=place.url(login, DATABASE), **settings))
+        assert MARKER not in repr(seen)
+        return {(each.code, each.subject) for each in seen.findings} - SOUND, seen.credentials
+
+    async def test_are_none_without_a_setting(self, place: Cluster) -> None:
+        assert await self.examined(place) == (set(), "none: the settings name no issuer")
+
+    async def test_of_settings_that_contradict_each_other_are_found(self, place: Cluster) -> None:
+        findings, said = await self.examined(
+            place, **self.BETTER_AUTH, neon_auth_base_url="https://neon.example.org/todo/auth"
+        )
+        assert findings == {("credentials-unusable", "the settings")}
+        assert said.startswith("none: NEON_AUTH_BASE_URL and BETTER_AUTH_SECRET contradict")
+
+    async def test_of_another_issuer_have_no_secret_and_no_table(self, place: Cluster) -> None:
+        findings, said = await self.examined(
+            place,
+            jwks_url="https://issuer.example.org/jwks",
+            jwt_issuer="https://issuer.example.org",
+        )
+        assert findings == set()
+        assert said.endswith("with keys from https://issuer.example.org/jwks")
+
+    async def test_are_no_jwts_before_there_is_a_key(self, place: Cluster) -> None:
+        findings, said = await self.examined(place, **self.BETTER_AUTH)
+        assert findings == set()
+        assert "whether the secret is Better Auth's, only its first cookie shows" in said
+        assert said.endswith("no JWT is accepted before Better Auth's plugin jwt makes a key")
+        await self.add_key(place, "EdDSA")
+        findings, said = await self.examined(place, **self.BETTER_AUTH)
+        assert (findings, "jwks is empty" in said) == (set(), False)
+
+    @staticmethod
+    async def add_key(place: Cluster, algorithm: str | None, days: int | None = None) -> None:
+        connection = await place.connect(OWNER, DATABASE)
+        await add_key(connection, f"{algorithm}", "{}", algorithm=algorithm, expires_days=days)
+        await connection.close()
+
+    async def test_by_another_algorithm_are_found_by_who_may_read_them(
+        self, place: Cluster
+    ) -> None:
+        for algorithm in (None, "EdDSA", "ES256", "ES512", "RS256", "PS256"):
+            await self.add_key(place, algorithm)
+        await self.add_key(place, "HS256", days=-1)
+        owners = ("login-bypasses", OWNER)
+        assert (await self.examined(place, OWNER, **self.BETTER_AUTH))[0] == {owners}
+        await self.add_key(place, "ECDH-ES", days=1)
+        found, _ = await self.examined(place, OWNER, **self.BETTER_AUTH)
+        assert found == {owners, ("jwks-algorithm", "public.jwks")}
+        assert (await self.examined(place, **self.BETTER_AUTH))[0] == set()
+        # Keys from a URL: the table does not matter.
+        issuer = {"jwks_url": "https://issuer.example.org/jwks", "jwt_issuer": "https://x.org"}
+        assert (await self.examined(place, OWNER, **issuer))[0] == {owners}
+
+    async def test_are_none_without_the_table(self, place: Cluster) -> None:
+        connection = await place.connect(OWNER, DATABASE)
+        await connection.execute("DROP TABLE jwks")
+        await connection.close()
+        _, said = await self.examined(place, **self.BETTER_AUTH)
+        assert said.endswith("only its first cookie shows")
 
 
 class TestLine:

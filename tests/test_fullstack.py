@@ -3,7 +3,7 @@
 import asyncio
 import json
 import os
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -112,6 +112,23 @@ async def bob(chromium: Browser, address: str) -> AsyncGenerator[Person]:
     assert bob.complaints == []
 
 
+async def lose_the_answer(route: Route) -> None:
+    await route.fetch()
+    await route.abort()
+
+
+def late(answered: asyncio.Event, waiting: asyncio.Event) -> Callable[[Route], Awaitable[None]]:
+    """Return a handler that lets the server answer, and keeps the answer for some time."""
+
+    async def answer(route: Route) -> None:
+        response = await route.fetch()
+        answered.set()
+        await waiting.wait()
+        await route.fulfill(response=response)
+
+    return answer
+
+
 async def titles(address: str, cookies: httpx.Cookies) -> list[str]:
     async with visitor(address, cookies) as client:
         items = (await client.get("/api/tasks")).json()["items"]
@@ -201,15 +218,14 @@ class TestPage:
             await expect(other.alert).to_contain_text("User already exists")
 
     async def test_adds_once_what_is_sent_twice(self, alice: Person) -> None:
-        async def lose_the_answer(route: Route) -> None:
-            await route.fetch()
-            await route.abort()
-
         await alice.page.route("**/api/tasks", lose_the_answer, times=1)
         await alice.fill("New task", "Buy milk")
         await alice.press("Add")
         await expect(alice.alert).to_contain_text("cannot be reached")
         await alice.press("Add")
+        await expect(alice.titles).to_have_text(["Buy milk"])
+        # The page did not show the one that it got no answer for.
+        await alice.page.reload()
         await expect(alice.titles).to_have_text(["Buy milk"])
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -341,9 +357,11 @@ class TestStates:
         await expect(page.get_by_role("button", name="Undo: Buy butter")).to_be_focused()
         await alice.look("undo")
         await alice.press("Delete all that is done")
+        await expect(page.get_by_role("dialog", name="Delete all that is done?")).to_be_visible()
         await alice.look("clear")
         await alice.press("Keep them")
         await alice.press("Delete account")
+        await expect(page.get_by_role("dialog", name="Delete your account?")).to_be_visible()
         await alice.look("leave")
         await alice.press("Keep it")
 
@@ -494,13 +512,19 @@ class TestAdding:
     @pytest.mark.parametrize("sort", ["Oldest first", "By title", "Last changed first"])
     async def test_shows_a_task_once_in_every_order(self, alice: Person, sort: str) -> None:
         await alice.create(*(f"Task {number}" for number in range(21)))
+        answered, waiting = asyncio.Event(), asyncio.Event()
+        await alice.page.route("**/api/tasks?sort=*", late(answered, waiting), times=1)
         await alice.page.get_by_label("Sort by").select_option(sort)
-        # At once, while the list is loaded.
-        await alice.add("Zebra")
+        await answered.wait()
+        await alice.fill("New task", "Zebra")
+        await alice.press("Add")
+        await expect(alice.news).to_have_text("Added “Zebra”.")
+        waiting.set()
         await expect(alice.titles.first).to_have_text("Zebra")
         await alice.press("Load more")
         await expect(alice.titles).to_have_count(22)
         await expect(alice.titles.get_by_text("Zebra")).to_have_count(1)
+        await expect(alice.titles.first).to_have_text("Zebra")
 
 
 class TestEditing:
@@ -575,10 +599,6 @@ class TestEditing:
         await expect(alice.page.locator("li.done .title")).to_have_text("Buy oat milk")
 
     async def test_sees_no_conflict_with_itself(self, alice: Person) -> None:
-        async def lose_the_answer(route: Route) -> None:
-            await route.fetch()
-            await route.abort()
-
         [task] = await alice.create("Buy milk")
         await alice.press("Edit: Buy milk")
         await alice.page.route(f"**/api/tasks/{task['id']}", lose_the_answer, times=1)
@@ -600,6 +620,20 @@ class TestEditing:
         await expect(alice.form).to_be_hidden()
         assert await alice.stored() == {"Buy milk": "Two bottles"}
         await alice.edit("Buy milk", "Buy oat milk")
+        await expect(alice.titles).to_have_text(["Buy oat milk"])
+
+    async def test_adds_once_a_task_that_is_gone(self, alice: Person) -> None:
+        [task] = await alice.create("Buy milk")
+        await alice.press("Edit: Buy milk")
+        await alice.fill("Title", "Buy oat milk")
+        await alice.send(f"/api/tasks/{task['id']}", "DELETE")
+        await alice.press("Save")
+        await alice.page.route("**/api/tasks", lose_the_answer, times=1)
+        await alice.press("Save as a new task")
+        await expect(alice.form.get_by_role("alert")).to_contain_text("cannot be reached")
+        await alice.press("Save as a new task")
+        await expect(alice.form).to_be_hidden()
+        await alice.page.reload()
         await expect(alice.titles).to_have_text(["Buy oat milk"])
 
     async def test_survives_another_filter(self, alice: Person) -> None:
@@ -677,6 +711,16 @@ class TestDeleting:
         await expect(alice.page.get_by_label("E-mail").first).to_be_focused()
         await alice.sign_in()
         await expect(alice.titles).to_have_text(["Water the plants"])
+
+    async def test_succeeds_if_the_task_is_gone(self, alice: Person) -> None:
+        [task] = await alice.create("Buy milk")
+        await alice.press("Delete: Buy milk")
+        await alice.send(f"/api/tasks/{task['id']}", "DELETE")
+        # It is sent now, and the page stays if it fails.
+        await alice.press("Sign out")
+        await expect(alice.page.locator("#door")).to_be_visible()
+        await alice.sign_in()
+        await expect(alice.page.locator("#empty")).to_be_visible()
 
     async def test_outlives_another_filter(self, alice: Person) -> None:
         await alice.create("Buy milk")
@@ -759,6 +803,87 @@ class TestAddress:
         await expect(alice.page.get_by_label("Sort by")).to_have_value("newest")
 
 
+class TestLateAnswers:
+    async def test_to_an_older_question_is_not_shown(self, alice: Person) -> None:
+        waiting = asyncio.Event()
+
+        async def hold(route: Route) -> None:
+            await waiting.wait()
+            await route.continue_()
+
+        await alice.create("Water the plants", "Buy milk")
+        await alice.page.route("**/api/tasks?sort=title*", hold)
+        await alice.page.get_by_label("Sort by").select_option("By title")
+        await alice.page.get_by_label("Sort by").select_option("Oldest first")
+        await expect(alice.titles).to_have_text(["Water the plants", "Buy milk"])
+        async with alice.page.expect_response("**/api/tasks?sort=title*"):
+            waiting.set()
+        await alice.page.wait_for_timeout(200)
+        await expect(alice.titles).to_have_text(["Water the plants", "Buy milk"])
+
+    async def test_brings_no_task_back(self, alice: Person) -> None:
+        answered, waiting = asyncio.Event(), asyncio.Event()
+        [task, _] = await alice.create("Buy milk", "Water the plants")
+        await alice.page.route("**/api/tasks?sort=title*", late(answered, waiting))
+        await alice.page.get_by_label("Sort by").select_option("By title")
+        await answered.wait()
+        await alice.send(f"/api/tasks/{task['id']}", "DELETE")
+        await alice.press("Edit: Buy milk")
+        await expect(alice.alert).to_contain_text("gone")
+        waiting.set()
+        await expect(alice.news).to_have_text("Shown: 1 task.")
+        await expect(alice.titles).to_have_text(["Water the plants"])
+
+    async def test_is_not_shown_after_a_sign_out(self, alice: Person) -> None:
+        answered, waiting = asyncio.Event(), asyncio.Event()
+        await alice.page.route("**/api/tasks", late(answered, waiting))
+        await alice.fill("New task", "Buy milk")
+        await alice.press("Add")
+        await answered.wait()
+        await alice.press("Sign out")
+        await expect(alice.page.locator("#door")).to_be_visible()
+        waiting.set()
+        await alice.page.wait_for_timeout(500)
+        assert "milk" not in await alice.page.content()
+        await alice.sign_in()
+        await expect(alice.titles).to_have_text(["Buy milk"])
+
+
+class TestNews:
+    """What a screen reader says."""
+
+    async def test_names_each_change(self, alice: Person) -> None:
+        status = alice.page.get_by_role("status")
+        await alice.add("Buy milk")
+        await expect(status).to_contain_text("Added “Buy milk”.")
+        await alice.page.get_by_label("Done: Buy milk").click()
+        await expect(status).to_contain_text("Done: Buy milk")
+        await alice.page.get_by_label("Done: Buy milk").click()
+        await expect(status).to_contain_text("Open again: Buy milk")
+        await alice.edit("Buy milk", "Buy oat milk")
+        await expect(status).to_contain_text("Saved “Buy oat milk”.")
+        await alice.press("Delete: Buy oat milk")
+        await expect(status).to_contain_text("Deleting “Buy oat milk”.")
+        await alice.press("Undo: Buy oat milk")
+        await expect(status).to_contain_text("“Buy oat milk” is kept.")
+        await alice.fill("Search", "nowhere")
+        await expect(status).to_contain_text("No task contains “nowhere”.")
+        await alice.fill("Search", "")
+        await expect(status).to_contain_text("Shown: 1 task.")
+
+
+class TestSession:
+    async def test_that_has_ended_leads_to_the_sign_in(self, alice: Person) -> None:
+        await alice.create("Buy milk")
+        await alice.send("/api/auth/sign-out", "POST", {})
+        await alice.page.get_by_label("Done: Buy milk").click()
+        await expect(alice.alert).to_have_text("You are signed out. Please sign in again.")
+        await expect(alice.page.locator("#door")).to_be_visible()
+        assert "milk" not in await alice.page.content()
+        await alice.sign_in()
+        await expect(alice.titles).to_have_text(["Buy milk"])
+
+
 class TestFocus:
     async def test_follows_the_last_page(self, alice: Person) -> None:
         await alice.create(*(f"Task {number}" for number in range(21)))
@@ -780,6 +905,7 @@ class TestFocus:
         await tick.click()
         await expect(tick).to_be_focused()
         await expect(tick).to_be_disabled()
+        await expect(tick).not_to_be_checked()
         waiting.set()
         await expect(tick).to_be_checked()
         await expect(tick).to_be_focused()

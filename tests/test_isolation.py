@@ -446,6 +446,7 @@ class TestObjects:
         """)
         assert [tuple(row) for row in functions] == [
             ("find_credential", True, ['search_path=""']),
+            ("reset_email_verified", False, ['search_path=""']),
             ("set_updated_at", False, ['search_path=""']),
         ]
 

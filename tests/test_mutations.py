@@ -141,6 +141,7 @@ async def test_keys_without_the_check_of_their_policies(scene: Scene, owner: Con
         "users_get",
         "users_ensure",
         "users_update-name",
+        "users_set_email",
         "users_delete",
     ],
 )

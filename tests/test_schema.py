@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from driver import Connection
 
-from todo_db import inputs
+from todo_db import Database, inputs
 from todo_db.embedded import LOGIN, EmbeddedPostgres
 from todo_db.errors import InvalidInputError
 
@@ -479,6 +479,51 @@ class TestUsers:
         assert [row["user_id"] for row in await people.fetch("SELECT user_id FROM tasks")] == [
             "bob"
         ]
+
+
+class TestVerifiedEmail:
+    """An address that Better Auth has verified, and that another program changes."""
+
+    CHANGE = "UPDATE users SET email = 'boss@example.org' WHERE id = 'alice'"
+
+    @pytest_asyncio.fixture(autouse=True)
+    async def verified(self, people: Connection) -> None:
+        await people.execute("UPDATE users SET email_verified = true")
+
+    async def is_verified(self, connection: Connection, change: str) -> bool:
+        await connection.execute(change)
+        return bool(
+            await connection.fetchval("SELECT email_verified FROM users WHERE id = 'alice'")
+        )
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            CHANGE,
+            """INSERT INTO users (id, email) VALUES ('alice', 'x')
+                ON CONFLICT (id) DO UPDATE SET email = 'boss@example.org'""",
+        ],
+    )
+    async def test_ends_with_a_change_by_the_app_role(self, alice: Connection, change: str) -> None:
+        assert not await self.is_verified(alice, change)
+
+    async def test_ends_with_a_change_by_a_login_that_inherits_it(
+        self, people: Connection, single_url: str
+    ) -> None:
+        async with Database.from_url(single_url) as db:
+            assert (await db.users.get("alice")).email_verified
+            changed = await db.users.set_email("alice", email="boss@example.org")
+            assert not changed.email_verified
+        assert await people.fetchval("SELECT email_verified FROM users WHERE id = 'bob'")
+
+    async def test_stays_if_the_address_does(self, alice: Connection) -> None:
+        assert await self.is_verified(alice, "UPDATE users SET email = email, name = 'new'")
+
+    async def test_is_better_auths_to_decide(self, auth: Connection) -> None:
+        assert await self.is_verified(auth, self.CHANGE)
+
+    async def test_is_the_owners_to_decide(self, people: Connection) -> None:
+        assert await self.is_verified(people, self.CHANGE)
 
 
 class TestTransfer:

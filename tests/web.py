@@ -38,7 +38,7 @@ async def client(
 @asynccontextmanager
 async def server(app: FastAPI) -> AsyncGenerator[str]:
     """Run the application under uvicorn on a port of its own; yield its URL."""
-    config = uvicorn.Config(app, lifespan="on", log_config=None, ws="none")
+    config = uvicorn.Config(app, lifespan="on", log_config=None, ws="websockets-sansio")
     running = uvicorn.Server(config)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))

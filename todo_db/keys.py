@@ -10,6 +10,7 @@ import jwt
 
 from todo_db.database import Database
 from todo_db.errors import UnavailableError
+from todo_db.trust import ALGORITHMS
 
 # How long a key is used before it is read again.
 _FRESH_SECONDS: Final = 300.0
@@ -18,14 +19,6 @@ _STALE_SECONDS: Final = 3_600.0
 _FETCH_SECONDS: Final = 5.0
 # How long a failure counts, and how often unknown ids may cause a request at most.
 _PAUSE_SECONDS: Final = 5.0
-# The algorithms, and the type and curve of their keys.
-_ALGORITHMS: Final[dict[str, tuple[str, str | None]]] = {
-    "EdDSA": ("OKP", "Ed25519"),
-    "ES256": ("EC", "P-256"),
-    "ES512": ("EC", "P-521"),
-    "RS256": ("RSA", None),
-    "PS256": ("RSA", None),
-}
 
 _logger: Final = logging.getLogger("todo_db")
 
@@ -145,8 +138,8 @@ def verifying_key(entry: object, algorithm: str | None = None) -> jwt.PyJWK | No
         return None
     key = cast("dict[str, Any]", entry)
     kind = (key.get("kty"), None if key.get("kty") == "RSA" else key.get("crv"))
-    name = key.get("alg") or algorithm or next((n for n, k in _ALGORITHMS.items() if k == kind), "")
-    if not isinstance(name, str) or _ALGORITHMS.get(name) != kind or key.get("use", "sig") != "sig":
+    name = key.get("alg") or algorithm or next((n for n, k in ALGORITHMS.items() if k == kind), "")
+    if not isinstance(name, str) or ALGORITHMS.get(name) != kind or key.get("use", "sig") != "sig":
         return None
     try:
         return jwt.PyJWK(key, algorithm=name)

@@ -8,6 +8,14 @@ from todo_db.errors import ConfigurationError
 from todo_db.origins import Origins, origin_of
 from todo_db.settings import Settings
 
+ALGORITHMS: Final[dict[str, tuple[str, str | None]]] = {
+    "EdDSA": ("OKP", "Ed25519"),
+    "ES256": ("EC", "P-256"),
+    "ES512": ("EC", "P-521"),
+    "RS256": ("RSA", None),
+    "PS256": ("RSA", None),
+}
+"""The algorithms of the signatures of JWTs, and the type and curve of their keys."""
 _COOKIE: Final = "better-auth.session_token"
 _SECURE_COOKIE: Final = f"__Secure-{_COOKIE}"
 

@@ -288,6 +288,7 @@ def doctor(*, as_json: _Json = False) -> None:
     about.add_row("migration", report.revision or "unknown")
     about.add_row("endpoint", report.endpoint)
     about.add_row("line", report.line)
+    about.add_row("credentials", Text(report.credentials))
     _out.print(about)
     if not report.findings:
         _out.print("No weakness was found: users are isolated, and commits are durable.")

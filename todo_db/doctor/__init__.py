@@ -12,10 +12,11 @@ from pydantic import SecretStr
 
 from todo_db.doctor.catalogue import OBJECTS, SETTINGS, STATEMENT, catalogued, differences
 from todo_db.engine import Endpoint, Pool, PooledConnection, parse_url, transport
-from todo_db.errors import translated
+from todo_db.errors import ConfigurationError, translated
 from todo_db.fence import PRINTED_RULE, ROLE
 from todo_db.models import OUR_COLUMNS, REVISION
 from todo_db.settings import Settings
+from todo_db.trust import ALGORITHMS, Trust, is_set, trust_of
 
 _SKEW_SECONDS: Final = 5.0
 _OLDEST: Final = 150_000
@@ -25,6 +26,15 @@ _SERVER: Final = """
         extract(epoch FROM clock_timestamp())::float8 AS clock
 """
 _OWN_NAMES: Final = "SELECT EXISTS (SELECT FROM pg_prepared_statements WHERE starts_with(name, $1))"
+# Every login may know the size of a table, and that of a table which never had a row is 0.
+_KEYS: Final = """
+    SELECT pg_relation_size(to_regclass('public.jwks')) = 0 AS are_missing,
+        has_table_privilege(to_regclass('public.jwks'), 'SELECT') AS are_readable
+"""
+_OTHER_ALGORITHM: Final = """
+    SELECT EXISTS (SELECT FROM public.jwks
+        WHERE alg <> ALL ($1) AND (expires_at IS NULL OR expires_at > now()))
+"""
 # After one of these findings the role cannot read which migrations have run.
 _UNKNOWN: Final = frozenset({"login-not-member", "migrations-missing", "migrations-unreadable"})
 
@@ -46,9 +56,17 @@ FURTHER: Final = {
         "its clock and this machine's differ by more than 5 seconds: tokens expire at other times",
         "synchronise both by NTP",
     ),
+    "credentials-unusable": (
+        "whose credentials are accepted is not clear, so an API with `lifespan()` does not start",
+        "do what the line `credentials` says",
+    ),
     "direct-pooled": (
         "it names Neon's pooler, which gives each transaction of a migration another session",
         "take -pooler out of its host, or leave it out: it is derived from DATABASE_URL",
+    ),
+    "jwks-algorithm": (
+        "Better Auth signs JWTs by an algorithm that is not accepted: they are refused with 401",
+        f"in its plugin jwt set keyPairConfig to one of {', '.join(ALGORITHMS)}",
     ),
     "migrations-behind": (
         f"it says that migrations before {REVISION} were the last to run",
@@ -115,6 +133,7 @@ class Report:
         revision: The last migration that ran; None if it is not known.
         endpoint: Whether there is a pooler in front of the server.
         line: How the connection to the server, or to its pooler, is protected.
+        credentials: Whose credentials the settings accept, and what could not be examined.
     """
 
     findings: tuple[Finding, ...]
@@ -122,13 +141,15 @@ class Report:
     revision: str | None
     endpoint: Literal["pooled", "direct"]
     line: Line
+    credentials: str
 
 
 async def examine(settings: Settings) -> Report:
     """Find every known weakness, with the application's login, over a connection of its own.
 
-    It only reads, and only the system catalogue, which every login may read. From a server before
-    PostgreSQL 15 it reads only the version.
+    It only reads, and only the system catalogue, which every login may read, and the algorithms in
+    `jwks`, if the login may read that table. From a server before PostgreSQL 15 it reads only the
+    version.
 
     Rules judge everything that `todo_app` can touch, whoever made it. At the end the objects that
     the migrations made are compared with those of a fresh database: only if the database is at
@@ -162,6 +183,7 @@ async def _ask(pool: Pool, connection: PooledConnection, settings: Settings) -> 
     direct = settings.direct_database_url
     if direct is not None and _parsed(direct).is_pooled:
         found.append(_further("direct-pooled", "DIRECT_DATABASE_URL"))
+    trust, credentials = _trust(settings, found)
     revision = None
     async with driver.transaction(readonly=True):
         await driver.execute(SETTINGS)
@@ -181,6 +203,8 @@ async def _ask(pool: Pool, connection: PooledConnection, settings: Settings) -> 
                 and await driver.fetchval(_OWN_NAMES, driver.statement_prefix)
             ):
                 found.append(_further("statements-untracked", "the pooler"))
+            if trust is not None and trust.jwks_url is None:
+                credentials += await _keys(connection, found)
             if not {finding.code for finding in found} & _UNKNOWN:
                 revision = await _compare(connection, found)
     return Report(
@@ -189,7 +213,33 @@ async def _ask(pool: Pool, connection: PooledConnection, settings: Settings) -> 
         revision=revision,
         endpoint="pooled" if is_pooled else "direct",
         line=line,
+        credentials=credentials,
     )
+
+
+def _trust(settings: Settings, found: list[Finding]) -> tuple[Trust | None, str]:
+    """Return whose credentials the settings accept, also in words, or add a finding."""
+    if not is_set(settings):
+        return None, "none: the settings name no issuer"
+    try:
+        trust = trust_of(settings)
+    except ConfigurationError as error:
+        found.append(_further("credentials-unusable", "the settings"))
+        return None, f"none: {error}"
+    if trust.secret is None:
+        return trust, str(trust)
+    return trust, f"{trust}; whether the secret is Better Auth's, only its first cookie shows"
+
+
+async def _keys(connection: PooledConnection, found: list[Finding]) -> str:
+    """Return what is to be said about the table `jwks`, and add a finding about its keys."""
+    driver = connection.driver
+    (keys,) = await driver.fetch(_KEYS)
+    if keys["are_missing"]:
+        return "; jwks is empty: no JWT is accepted before Better Auth's plugin jwt makes a key"
+    if keys["are_readable"] and await driver.fetchval(_OTHER_ALGORITHM, list(ALGORITHMS)):
+        found.append(_further("jwks-algorithm", "public.jwks"))
+    return ""
 
 
 async def _compare(connection: PooledConnection, found: list[Finding]) -> str | None:

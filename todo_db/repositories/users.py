@@ -118,9 +118,9 @@ class UserRepository:
         return await self._executor.perform(user_id, operation)
 
     async def set_email(self, user_id: str, *, email: str) -> UserRecord:
-        """Store the e-mail address that the authentication has verified, in lower case.
+        """Store the e-mail address that the authentication gave, in lower case.
 
-        One UPDATE; locks the row.
+        One UPDATE; locks the row. A trigger sets `email_verified` to false if the address changes.
 
         Raises:
             UserNotFoundError: There is no such user.
