@@ -14,7 +14,8 @@ import pytest
 from driver import Connection
 from typer.main import get_command
 
-from todo_db import Database, errors, gate
+import todo_db.fastapi
+from todo_db import Database, better_auth, errors, gate, models, repositories, testing
 from todo_db.cli.app import app
 from todo_db.embedded import LOGIN, EmbeddedPostgres
 from todo_db.gate import NEXT as LISTED
@@ -25,6 +26,13 @@ PAGES: Final = [
     ROOT / "README.md",
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts),
 ]
+REFERENCE: Final = ROOT / "docs" / "reference"
+# What an application may import.
+PUBLIC: Final = {
+    f"{module.__name__}.{name}"
+    for module in (todo_db, better_auth, todo_db.fastapi, models, repositories, testing)
+    for name in module.__all__
+}
 # What is not listed there leaves the state as it is.
 NEXT: Final = {
     (state, event): LISTED.get((state, event), state) for state in State for event in Event
@@ -41,6 +49,37 @@ def rows(text: str, first: str) -> list[list[str]]:
     found = re.findall(rf"^\| {first}.*\|$", text, re.MULTILINE)
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in found]
     return [[re.sub(r"^`(\w+)`.*", r"\1", first), *others] for first, *others in cells]
+
+
+def examples(module: Path) -> list[str]:
+    """Return the examples of a module's docstrings, in order."""
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, owners)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    return [
+        found
+        for node in nodes
+        for found in re.findall(
+            r"^```python\n(.*?)^```$", ast.get_docstring(node) or "", re.MULTILINE | re.DOTALL
+        )
+    ]
+
+
+def documented() -> list[str]:
+    """Return the names that the reference explains, with the module that it takes them from."""
+    found: list[str] = []
+    for page in sorted(REFERENCE.glob("*.md")):
+        text = page.read_text()
+        (module, *_) = re.findall(r"^.. currentmodule:: (\S+)$", text, re.MULTILINE) or [""]
+        found += re.findall(r"^.. auto(?:class|data|function):: ([\w.]+)", text, re.MULTILINE)
+        found += [
+            f"{module}.{name}" for name in re.findall(r"^.. py:data:: (\w+)", text, re.MULTILINE)
+        ]
+        for name, members in re.findall(
+            r"^.. automodule:: (\S+)\n   :members: (.+)$", text, re.MULTILINE
+        ):
+            found += [f"{name}.{member}" for member in members.split(", ")]
+    return found
 
 
 def showing(language: str) -> list[object]:
@@ -91,6 +130,74 @@ class TestPython:
             elif name.startswith("test_"):
                 async with Database.from_url(url) as fresh:
                     await value(fresh)
+
+
+class TestDocstrings:
+    @pytest.mark.parametrize(
+        "module",
+        [
+            pytest.param(module, id=module.relative_to(ROOT).as_posix())
+            for module in sorted((ROOT / "todo_db").rglob("*.py"))
+            if examples(module)
+        ],
+    )
+    async def test_examples_run(
+        self, module: Path, todo_database_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("DATABASE_URL", todo_database_url)
+        async with Database.from_url(todo_database_url) as db:
+            for user in ("alice", "bob"):
+                await db.users.create(user, email=f"{user}@example.org", name=user)
+            names: dict[str, Any] = {"__name__": "shown"}
+            # The imports that the page names.
+            exec(blocks(REFERENCE / "api.md", "python")[0], names)  # noqa: S102
+            for source in examples(module):
+                names["db"] = db
+                done = eval(compiled(source, module), names)  # noqa: S307
+                if inspect.isawaitable(done):
+                    await done
+
+
+class TestReference:
+    def test_explains_every_public_name(self) -> None:
+        shown = {name.rpartition(".")[2] for name in documented()}
+        # By a directive that takes all members of the module.
+        shown |= {name for name, _ in inspect.getmembers(errors, inspect.isclass)}
+        assert {name for name in PUBLIC if name.rpartition(".")[2] not in shown} == {
+            # A class of SQLAlchemy's, without anything of its own.
+            "todo_db.models.Base"
+        }
+
+    def test_explains_no_private_name(self) -> None:
+        for name in documented():
+            module, _, member = name.rpartition(".")
+            public = getattr(sys.modules[module], "__all__", [member])
+            assert member in public, name
+            assert not member.startswith("_"), name
+
+    def test_explains_no_name_twice(self) -> None:
+        names = documented()
+        assert sorted(names) == sorted(set(names))
+
+    def test_every_public_name_has_an_example(self) -> None:
+        code = "\n".join(
+            source
+            for shown in (
+                *(blocks(page, "python") for page in PAGES),
+                *(examples(module) for module in (ROOT / "todo_db").rglob("*.py")),
+            )
+            for source in shown
+        )
+        names = {name.rpartition(".")[2] for name in PUBLIC}
+        without = {name for name in names if not re.search(rf"\b{name}\b", code)}
+        # Only Better Auth writes these tables.
+        assert without == {
+            "Account",
+            "Session",
+            "SigningKey",
+            "User",
+            "Verification",
+        }
 
 
 class TestSQL:

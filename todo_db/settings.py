@@ -27,6 +27,10 @@ class Settings(BaseSettings):
     Each field is read from the variable of its name, `TODO_DB_` in front unless another name is
     given below. Durations are in seconds.
 
+    ```python
+    settings = Settings(database_url="postgresql://todo_login@localhost/todo", pool_size=10)
+    ```
+
     Raises:
         ConfigurationError: A value cannot be used. Names the field, not the value.
 

@@ -51,6 +51,19 @@ async def assert_isolated(  # noqa: PLR0913  # what an API may need
     both answers must be equal in status, headers and body, and what alice has must not change. Then
     mallory sends alice's id in place of each text of the body.
 
+    ```python
+    app = FastAPI(lifespan=lifespan())
+    install(app)
+
+
+    @app.get("/count")
+    async def count(user_id: CurrentUserId, tasks: Tasks) -> int:
+        return await tasks.count(user_id)
+
+
+    await assert_isolated(app)
+    ```
+
     Args:
         app: The application, with the lifespan of `todo_db.fastapi`. It is started and stopped.
         alice: The id of a user, who is stored.
