@@ -4,6 +4,7 @@ import ast
 import inspect
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -262,6 +263,14 @@ class TestTables:
         shown = {code: kind.strip("`") for code, kind, *_ in rows(page, "`[0-9A-Z]{2,5}`")}
         made = {code: type(make()).__name__ for code, make in errors._BY_SQLSTATE.items()}
         assert shown == made | dict.fromkeys(errors._INVALID_VALUES, "InvalidInputError")
+
+
+class TestDiagrams:
+    def test_are_those_that_the_script_draws(self, tmp_path: Path) -> None:
+        runpy.run_path(str(ROOT / "docs" / "diagrams.py"))["draw"](tmp_path)
+        drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+        assert drawn == {name: (ROOT / "docs" / "images" / name).read_text() for name in drawn}
+        assert len(drawn) == 3
 
 
 class TestPages:
