@@ -49,15 +49,21 @@ class Drawing:
 
     def __init__(self, width: int, height: int, title: str) -> None:
         self._parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'width="{width}" height="{height}" role="img">',
+            (
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+                f'width="{width}" height="{height}" role="img">'
+            ),
             f"<title>{escape(title)}</title>",
             f"<style>{_STYLE}</style>",
-            '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
-            'markerHeight="7" orient="auto-start-reverse">'
-            '<path class="head" d="M0 0 8 4 0 8z"/></marker></defs>',
-            f'<rect class="panel" x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" '
-            'rx="8"/>',
+            (
+                '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
+                'markerHeight="7" orient="auto-start-reverse">'
+                '<path class="head" d="M0 0 8 4 0 8z"/></marker></defs>'
+            ),
+            (
+                f'<rect class="panel" x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" '
+                'rx="8"/>'
+            ),
         ]
 
     def box(self, left: int, top: int, width: int, height: int, kind: str = "box") -> None:
@@ -69,7 +75,8 @@ class Drawing:
     def text(self, x: int, y: int, text: str, kind: str = "", anchor: str = "start") -> None:
         """Write one line; `y` is its base line."""
         self._parts.append(
-            f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}" xml:space="preserve">{escape(text)}</text>'
+            f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}" xml:space="preserve">'
+            f"{escape(text)}</text>"
         )
 
     def lines(self, x: int, y: int, lines: Sequence[str], kind: str = "note") -> None:

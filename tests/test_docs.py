@@ -25,6 +25,7 @@ from todo_db.gate import Event, State
 ROOT: Final = Path(__file__).resolve().parent.parent
 PAGES: Final = [
     ROOT / "README.md",
+    ROOT / "AGENTS.md",
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts),
 ]
 REFERENCE: Final = ROOT / "docs" / "reference"
@@ -34,6 +35,10 @@ PUBLIC: Final = {
     for module in (todo_db, better_auth, todo_db.fastapi, models, repositories, testing)
     for name in module.__all__
 }
+# What the benchmark draws, once it has measured.
+CHARTS: Final = set(
+    re.findall(r'"(benchmark-\w+\.svg)"', (ROOT / "benchmarks" / "report.py").read_text())
+)
 # What is not listed there leaves the state as it is.
 NEXT: Final = {
     (state, event): LISTED.get((state, event), state) for state in State for event in Event
@@ -41,8 +46,12 @@ NEXT: Final = {
 COMMANDS: Final = getattr(get_command(app), "commands", {})
 
 
+def fenced(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return fenced(page.read_text(), language)
 
 
 def rows(text: str, first: str) -> list[list[str]]:
@@ -57,13 +66,7 @@ def examples(module: Path) -> list[str]:
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, owners)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    return [
-        found
-        for node in nodes
-        for found in re.findall(
-            r"^```python\n(.*?)^```$", ast.get_docstring(node) or "", re.MULTILINE | re.DOTALL
-        )
-    ]
+    return [source for node in nodes for source in fenced(ast.get_docstring(node) or "", "python")]
 
 
 def documented() -> list[str]:
@@ -258,11 +261,49 @@ class TestTables:
         }
         assert shown == NEXT
 
+    def test_constraints_and_indexes_are_those_of_the_models(self) -> None:
+        page = (ROOT / "docs" / "database-models.md").read_text()
+        shown = set(re.findall(r"\b(?:pk|fk|uq|ck|ix|idx)_\w+", page))
+        assert shown == models.OUR_NAMES
+
     def test_errors_of_sqlstates_are_those_of_the_code(self) -> None:
         page = (ROOT / "docs" / "reference" / "errors.md").read_text()
         shown = {code: kind.strip("`") for code, kind, *_ in rows(page, "`[0-9A-Z]{2,5}`")}
         made = {code: type(make()).__name__ for code, make in errors._BY_SQLSTATE.items()}
         assert shown == made | dict.fromkeys(errors._INVALID_VALUES, "InvalidInputError")
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings, as the pages and code hosts name them."""
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+class TestLinks:
+    @pytest.mark.parametrize(
+        "page",
+        [
+            pytest.param(page, id=page.relative_to(ROOT).as_posix())
+            for page in (
+                *PAGES,
+                ROOT / "CONTRIBUTING.md",
+                ROOT / "CHANGELOG.md",
+                ROOT / "docs" / "llms.txt",
+                ROOT / "examples" / "fullstack" / "README.md",
+            )
+        ],
+    )
+    def test_lead_to_a_page_and_a_heading(self, page: Path) -> None:
+        prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        found = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", prose)
+        for link in map("".join, found):
+            if re.match(r"https?:", link) or Path(link).name in CHARTS:
+                continue
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
 
 
 class TestDiagrams:
@@ -277,7 +318,7 @@ class TestPages:
     @pytest.mark.filterwarnings("default")
     def test_build_without_a_warning(self, tmp_path: Path) -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", ROOT / "docs", tmp_path],
+            [sys.executable, "-m", "sphinx", "-W", "-n", "-q", "-b", "html", ROOT / "docs", tmp_path],
             check=False,
             capture_output=True,
             text=True,
@@ -289,5 +330,5 @@ class TestPages:
         contents = (ROOT / "docs" / "index.md").read_text()
         for page in PAGES:
             name = page.relative_to(ROOT).with_suffix("").as_posix().removeprefix("docs/")
-            known = {"README", "index"}
+            known = {"README", "AGENTS", "index"}
             assert name in known or name in contents or name.startswith("decisions/"), name
