@@ -10,11 +10,13 @@ if TYPE_CHECKING:
 
 project = "todo_db"
 author = "the todo_db team"
+project_copyright = "2026, the todo_db team"
 version = release = installed("todo-db")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = "todo_db"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
@@ -44,6 +46,7 @@ python_maximum_signature_line_length = 76
 python_use_unqualified_type_names = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 
 
 def as_directives(  # Sphinx calls it
@@ -55,7 +58,8 @@ def as_directives(  # Sphinx calls it
     for line in old:
         fence = re.fullmatch(r"( *)```(\w*)", line)
         if fence is None:
-            lines.append(line)
+            # The role would take a leading dot for a part of Python's names.
+            lines.append(re.sub(r"(?<!`)`(\.\w+)`(?!`)", r"``\1``", line))
             continue
         indent, language = fence.groups()
         code = takewhile(lambda line: line.strip() != "```", old)
