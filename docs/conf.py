@@ -59,7 +59,9 @@ def as_directives(  # Sphinx calls it
         fence = re.fullmatch(r"( *)```(\w*)", line)
         if fence is None:
             # The role would take a leading dot for a part of Python's names.
-            lines.append(re.sub(r"(?<!`)`(\.\w+)`(?!`)", r"``\1``", line))
+            line = re.sub(r"(?<!`)`(\.\w+)`(?!`)", r"``\1``", line)  # noqa: PLW2901
+            # With one, a class is found in every module.
+            lines.append(re.sub(r"(?<!`)`([A-Z]\w+(?:\.\w+)?)`(?!`)", r"`.\1`", line))
             continue
         indent, language = fence.groups()
         code = takewhile(lambda line: line.strip() != "```", old)
