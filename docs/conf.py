@@ -1,4 +1,4 @@
-"""Sphinx: `uv run sphinx-build -W -n docs docs/_build`."""
+"""Sphinx: `uv run sphinx-build -W docs docs/_build`."""
 
 import re
 from importlib.metadata import version as installed

