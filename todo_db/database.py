@@ -126,6 +126,11 @@ class Database:
 
     Belongs to one event loop. Opens itself on first use; `async with` also closes it.
 
+    ```python
+    async with Database(Settings()) as db:  # DATABASE_URL
+        await db.tasks.create("alice", "Buy milk")
+    ```
+
     Attributes:
         settings: What it was made with.
         tasks: Tasks, each call in a transaction of its own.
@@ -151,7 +156,12 @@ class Database:
 
     @classmethod
     def from_url(cls, url: str, **settings: Any) -> Self:  # noqa: ANN401  # Settings checks them
-        """Return a `Database` on a URL, with other fields of `Settings` by name."""
+        """Return a `Database` on a URL, with other fields of `Settings` by name.
+
+        ```python
+        db = Database.from_url("postgresql://todo_login@localhost/todo", pool_size=10)
+        ```
+        """
         return cls(Settings(database_url=url, **settings))
 
     async def __aenter__(self) -> Self:
@@ -282,6 +292,12 @@ class Database:
 
         Two round trips besides its statements. Only the BEGIN is tried again: see `run`.
 
+        ```python
+        async with db.transaction("alice") as tx:
+            await tx.tasks.create("alice", "Buy bread")
+            await tx.tasks.create("alice", "Buy butter")
+        ```
+
         Raises:
             InvalidInputError: `user_id` cannot be an id.
             TransactionAbortedError: A statement failed and the block swallowed its error.
@@ -304,6 +320,15 @@ class Database:
     ) -> T:
         """Run `work` as one transaction; again from its start when it was not applied.
 
+        ```python
+        async def replace(tx: Transaction) -> TaskRecord:
+            await tx.tasks.delete_completed("alice")
+            return await tx.tasks.create("alice", "Start again")
+
+
+        task = await db.run("alice", replace)
+        ```
+
         Args:
             user_id: Whose transaction.
             work: Called with the transaction, once for each try; what it does besides the
@@ -325,7 +350,13 @@ class Database:
         return await self._retried(attempt, repeatable=False)
 
     async def health(self, *, timeout_seconds: float = 2.0) -> Health:
-        """Say whether the database answers and is migrated. Raises nothing but cancellation."""
+        """Say whether the database answers and is migrated. Raises nothing but cancellation.
+
+        ```python
+        health = await db.health()
+        assert health.ok, health.detail
+        ```
+        """
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._ready()

@@ -46,6 +46,10 @@ type Kind = Literal["owned", "shared"]
 class FenceOptions(TypedDict, total=False):
     """What the application may do with an owned table, where that is not everything.
 
+    ```python
+    __fence__ = FenceOptions(update=["name"], delete=False)
+    ```
+
     Attributes:
         insert: The columns that it may set in a new row.
         update: The columns that it may change.

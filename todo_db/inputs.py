@@ -32,7 +32,12 @@ _BLANK_CATEGORIES: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 
 @dataclass(frozen=True, slots=True)
 class NewTask:
-    """One task for `TaskRepository.create_many`, which validates it."""
+    """One task for `TaskRepository.create_many`, which validates it.
+
+    ```python
+    await db.tasks.create_many("alice", [NewTask("Buy milk", completed=True)])
+    ```
+    """
 
     title: str
     description: str | None = None
@@ -40,7 +45,14 @@ class NewTask:
 
 
 class TaskChanges(TypedDict, total=False):
-    """The columns of a task that may change. An absent key means unchanged, None means NULL."""
+    """The columns of a task that may change. An absent key means unchanged, None means NULL.
+
+    ```python
+    changes: TaskChanges = {"completed": True, "description": None}
+    task = await db.tasks.create("alice", "Buy milk")
+    await db.tasks.update("alice", task.id, **changes)
+    ```
+    """
 
     title: str
     description: str | None
@@ -48,7 +60,13 @@ class TaskChanges(TypedDict, total=False):
 
 
 class UserChanges(TypedDict, total=False):
-    """The columns of a user that may change. An absent key means unchanged, None means NULL."""
+    """The columns of a user that may change. An absent key means unchanged, None means NULL.
+
+    ```python
+    changes: UserChanges = {"name": "Alice B."}
+    await db.users.update("alice", **changes)
+    ```
+    """
 
     name: str
     username: str | None
@@ -56,7 +74,12 @@ class UserChanges(TypedDict, total=False):
 
 
 def text(field: str, value: object, longest: int) -> str:
-    """Check a text: up to `longest` code points that PostgreSQL can store; it may be empty."""
+    """Check a text: up to `longest` code points that PostgreSQL can store; it may be empty.
+
+    ```python
+    name = inputs.not_blank("name", inputs.text("name", "home", 50))
+    ```
+    """
     if not isinstance(value, str):
         raise InvalidInputError(field, "must be a str")
     if len(value) > longest:

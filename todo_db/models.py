@@ -45,6 +45,21 @@ from todo_db import fence
 from todo_db.errors import ConfigurationError
 from todo_db.fence import OWNER, FenceOptions
 
+__all__ = [
+    "Account",
+    "Base",
+    "IdempotencyKey",
+    "Owned",
+    "Session",
+    "Shared",
+    "SigningKey",
+    "Task",
+    "Timestamps",
+    "User",
+    "Verification",
+    "owned_reference",
+]
+
 REVISION: Final = "0004"
 """The migration that creates these tables; a newer database works as well."""
 VERSION_TABLE: Final = "todo_db_version"
@@ -162,6 +177,15 @@ class Owned:
     Autogenerate writes its table with `op.fence` (`todo_db.migrations.configure`). An INSERT of an
     entity needs no `user_id`: `Transaction.session` fills it in.
 
+    ```python
+    class Label(Owned, Timestamps, Base):
+        __tablename__ = "labels"
+        __fence__ = FenceOptions(delete=False)
+
+        id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+        name: Mapped[str] = mapped_column(String(50))
+    ```
+
     Raises:
         ConfigurationError: At the definition of a class through which one user could learn of
             another one's rows: by a unique key, a primary key or a foreign key without `user_id`.
@@ -192,13 +216,21 @@ class Shared:
     """A mixin for tables that every user may read and no user may change, such as currencies.
 
     Autogenerate writes its table with `op.share` (`todo_db.migrations.configure`).
+
+    ```python
+    class Currency(Shared, Base):
+        __tablename__ = "currencies"
+
+        code: Mapped[str] = mapped_column(String(3), primary_key=True)
+    ```
     """
 
 
 class Timestamps:
     """A mixin for `created_at` and `updated_at`, which PostgreSQL sets.
 
-    `updated_at` grows with every real change, by the trigger that the fence creates.
+    `updated_at` grows with every real change, by the trigger that the fence creates. `Owned` shows
+    a class that has it.
     """
 
     created_at = declared_attr(lambda _: _timestamp(sort_order=98))  # pyright: ignore[reportUnknownArgumentType, reportUnknownLambdaType]
@@ -218,6 +250,14 @@ def owned_reference[T](
     user's row, and tell which ids exist: PostgreSQL checks foreign keys without row-level security.
     Give a relationship over it this column alone, `relationship(foreign_keys=[task_id])`: two that
     both wrote `user_id` would conflict.
+
+    ```python
+    class TaskLabel(Owned, Base):
+        __tablename__ = "task_labels"
+
+        task_id: Mapped[int] = owned_reference(Task.id, primary_key=True)
+        label_id: Mapped[int] = owned_reference(Label.id, primary_key=True)
+    ```
 
     Args:
         target: The column that it names, such as `Label.id`; as a string, such as `"messages.id"`,
@@ -341,7 +381,7 @@ def _is_indexed(table: Table, names: list[str], *, unique: bool = False) -> bool
 
 
 class Task(Owned, Timestamps, Base):
-    """A task of one user."""
+    """A task of one user. A class that derives from it adds columns to the table."""
 
     __tablename__ = "tasks"
     __table_args__ = (

@@ -1,13 +1,6 @@
 """Keyset pagination: pages, and the cursor that marks the start of the next one.
 
-A repository of an application can use it for any order of its rows:
-
->>> scope = ("labels", "by name")
->>> page = page_of(["a", "b", "c"], 2, scope, lambda name: (name,))
->>> page.items
-('a', 'b')
->>> decode(page.next_cursor, scope, (str,))
-('b',)
+A repository of an application can use it for any order of its rows.
 """
 
 import base64
@@ -31,7 +24,12 @@ type Scope = tuple[str | bool | None, ...]
 
 
 class TaskSort(Enum):
-    """The order of a task list. Equal keys are ordered by id, so no task is skipped or repeated."""
+    """The order of a task list. Equal keys are ordered by id, so no task is skipped or repeated.
+
+    ```python
+    await db.tasks.list("alice", sort=TaskSort.RECENTLY_UPDATED)
+    ```
+    """
 
     NEWEST = "newest"
     OLDEST = "oldest"
@@ -42,7 +40,14 @@ class TaskSort(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Page[T]:
-    """Some items, and the cursor of the next page; None on the last page."""
+    """Some items, and the cursor of the next page; None on the last page.
+
+    ```python
+    page: Page[TaskRecord] = await db.tasks.list("alice", limit=20)
+    while page.next_cursor is not None:
+        page = await db.tasks.list("alice", limit=20, cursor=page.next_cursor)
+    ```
+    """
 
     items: tuple[T, ...]
     next_cursor: str | None
@@ -62,6 +67,12 @@ def page_of[T](
 ) -> Page[T]:
     """Return a page of the first `limit` items, with a cursor if there are more.
 
+    ```python
+    scope = ("labels", "by name")
+    page = page_of(["a", "b", "c"], 2, scope, lambda name: (name,))
+    assert page.items == ("a", "b")
+    ```
+
     Args:
         items: One more than the page has, if there are so many.
         limit: The number of items of a page.
@@ -74,12 +85,21 @@ def page_of[T](
 
 
 def encode(scope: Scope, keys: tuple[Key, ...]) -> str:
-    """Return a cursor. It does not contain the user: the next page names its user again."""
+    """Return a cursor. It does not contain the user: the next page names its user again.
+
+    ```python
+    assert encode(scope, ("b",)) == page.next_cursor
+    ```
+    """
     return _written([_VERSION, _digest(scope), *map(_plain, keys)])
 
 
 def decode(cursor: object, scope: Scope, kinds: tuple[type[Key], ...]) -> tuple[Any, ...]:
     """Return the keys in a cursor that `encode` returned for the same scope.
+
+    ```python
+    assert decode(page.next_cursor, scope, (str,)) == ("b",)
+    ```
 
     Args:
         cursor: What the caller was given with the page before.

@@ -27,7 +27,13 @@ def records_of[R](kind: type[R]) -> Callable[[Iterable[Iterable[object]]], list[
 
 @dataclass(frozen=True, slots=True)
 class UserRecord:
-    """One row of `users`. Timestamps are aware and in UTC."""
+    """One row of `users`. Timestamps are aware and in UTC.
+
+    ```python
+    user: UserRecord = await db.users.get("alice")
+    assert user.email == "alice@example.org"
+    ```
+    """
 
     id: str
     email: str
@@ -46,6 +52,11 @@ class TaskRecord:
     `id` is unique and never used again. Ids increase in the order of allocation, which under
     concurrency is not the order of commits, and they have gaps. `updated_at` grows with every real
     change; pass it as `expected_updated_at` to use it as a version.
+
+    ```python
+    task: TaskRecord = await db.tasks.create("alice", "Buy milk")
+    assert asdict(task)["title"] == "Buy milk"
+    ```
     """
 
     id: int
@@ -69,6 +80,12 @@ class PoolStatus:
 @dataclass(frozen=True, slots=True)
 class Health:
     """The result of `Database.health`.
+
+    ```python
+    health: Health = await db.health()
+    assert health.ok, health.detail
+    assert health.round_trips in {1, 3}
+    ```
 
     Attributes:
         ok: Whether the database answered and has every migration this package needs.

@@ -37,6 +37,10 @@ class Settings(BaseSettings):
     given below. Durations are in seconds. `Settings(_env_file=None)` reads no `.env`, and
     `_env_file="test.env"` another file.
 
+    ```python
+    settings = Settings(database_url="postgresql://todo_login@localhost/todo", pool_size=10)
+    ```
+
     Raises:
         ConfigurationError: A value cannot be used. Names the field, not the value.
 

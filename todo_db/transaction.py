@@ -70,6 +70,12 @@ class Transaction:
 
     It belongs to one task at a time. Nothing is stored before the block ends without an error.
 
+    ```python
+    async with db.transaction("alice") as tx:
+        task = await tx.tasks.create("alice", "Buy milk")
+        await tx.tasks.toggle("alice", task.id)
+    ```
+
     Attributes:
         user_id: Whose transaction this is.
     """
@@ -120,8 +126,16 @@ class Transaction:
 
         One round trip, two for a statement that this connection has not prepared, under the same
         user, role and fence as everything else. Its values must be parameters: text that is put
-        together from input can become any user. A `select` of an entity returns its columns; for
-        entities use `session`.
+        together from input can become any user.
+
+        A `select` of an entity returns its columns, so `scalars()` then returns the first column,
+        the ids. Use `mappings()` for rows, and `session` for entities.
+
+        ```python
+        async with db.transaction("alice") as tx:
+            found = await tx.execute(select(Task).where(Task.completed))
+            assert [row["title"] for row in found.mappings()] == ["Buy milk"]
+        ```
 
         Raises:
             TransactionError: The text that SQLAlchemy made of it does not begin with SELECT,
@@ -145,6 +159,12 @@ class Transaction:
         raise `TransactionError`, because the block commits or rolls back.
 
         Attributes are not loaded lazily: use `selectinload` or `await session.refresh(…)`.
+
+        ```python
+        async with db.transaction("alice") as tx:
+            task = await tx.session().scalar(select(Task).where(Task.completed))
+            task.title = "Buy oat milk"
+        ```
         """
         if self._gate.session is None:
             self._gate.session = create_session(self._gate.sqlalchemy, self.user_id)
@@ -156,6 +176,15 @@ class Transaction:
 
         Two round trips. The error goes on to the caller, and the transaction can go on too. Only
         the task that opened it may use the transaction until it is closed.
+
+        ```python
+        async with db.transaction("alice") as tx:
+            try:
+                async with tx.savepoint():
+                    await tx.users.update("alice", username="bob")
+            except UsernameTakenError:
+                await tx.users.update("alice", username="bob-2")
+        ```
         """
         if self._gate.session is not None:
             # The session, too, has to know what was undone.

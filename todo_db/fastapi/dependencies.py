@@ -213,6 +213,11 @@ def repository[R](make: Callable[[Database], R]) -> Callable[[Database], R]:
     """Return a dependency that gives a repository on the database, such as one of your own.
 
     ```python
+    class LabelRepository:
+        def __init__(self, executor: Executor) -> None:
+            self._executor = executor
+
+
     Labels = Annotated[LabelRepository, Depends(repository(LabelRepository))]
     ```
     """

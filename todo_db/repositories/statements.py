@@ -71,6 +71,10 @@ class Statement:
 
     The owner is an argument, so that every statement names it: one whose SQL does not bind it
     is refused when it is compiled.
+
+    ```python
+    FIRST = Statement(lambda owner: select(func.min(Task.id)).where(Task.user_id == owner))
+    ```
     """
 
     def __init__(self, build: Callable[[ColumnElement[str]], Executable]) -> None:
@@ -129,17 +133,26 @@ class Retry(Enum):
     """What may be done when it is not known whether an operation was committed."""
 
     READ_ONLY = auto()
-    """It changed nothing: its rows are right whether or not its transaction was committed."""
+    """It changed nothing, so its rows are right whether or not its transaction was committed."""
     IDEMPOTENT = auto()
-    """Running it twice leaves what running it once leaves: run it again."""
+    """Running it twice leaves what running it once leaves, so it is run again."""
     IDEMPOTENT_DELETE = auto()
-    """It deletes one row: run it again, and take a missing row for its success."""
+    """It deletes one row, so it is run again, and a missing row is its success."""
     UNSAFE = auto()
-    """Not safe to repeat. If the outcome is unknown, raise OutcomeUnknownError."""
+    """Not safe to repeat. If the outcome is unknown, `OutcomeUnknownError` is raised."""
 
 
 class Operation[T](NamedTuple):
     """One statement with its values, and what its rows mean.
+
+    ```python
+    def first(rows: Sequence[Row]) -> int | None:
+        return rows[0][0]
+
+
+    operation = Operation(FIRST, {}, first, Retry.READ_ONLY)
+    assert await db.perform("alice", operation) is None  # alice has no task yet
+    ```
 
     Attributes:
         statement: What is sent.
@@ -165,7 +178,22 @@ class Operation[T](NamedTuple):
 
 
 class Executor(Protocol):
-    """Runs calls of one user, each in a transaction that carries the user's id."""
+    """Runs calls of one user, each in a transaction that carries the user's id.
+
+    `Database` and `Transaction` are executors. A repository takes one:
+
+    ```python
+    class FirstTask:
+        def __init__(self, executor: Executor) -> None:
+            self._executor = executor
+
+        async def id(self, user_id: str) -> int | None:
+            return await self._executor.perform(user_id, operation)
+
+
+    assert await FirstTask(db).id("alice") is None
+    ```
+    """
 
     async def perform[T](self, user_id: str, operation: Operation[T]) -> T:
         """Run the call as `user_id`, who was checked; return its result."""

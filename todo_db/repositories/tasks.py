@@ -66,9 +66,18 @@ type Filters = tuple[bool | None, str | None]
 class TaskRepository:
     """The tasks of one user. Every method takes `user_id` first, and reaches only that user's rows.
 
-    On a `Database` each call is its own transaction of three round trips. It has committed when
-    it returns, and it is retried if it is known not to have been applied. On a `Transaction` each
-    call is one round trip inside it, and `user_id` must be the transaction's.
+    On a `Database` each call is its own transaction: one round trip with a login of
+    `todo-db login`, three with the owner's URL. It has committed when it returns, and it is retried
+    if it is known not to have been applied. On a `Transaction` each call is one round trip inside
+    it, and `user_id` must be the transaction's.
+
+    ```python
+    async def tidy(tasks: TaskRepository, user_id: str) -> int:
+        return await tasks.delete_completed(user_id)
+
+
+    assert await tidy(db.tasks, "alice") == 0
+    ```
 
     Every method can raise these errors:
 
@@ -98,6 +107,11 @@ class TaskRepository:
 
         One INSERT. Takes a FOR KEY SHARE lock on the user's row, which blocks only its deletion
         and changes of its unique columns.
+
+        ```python
+        task = await db.tasks.create("alice", "Buy milk", description="2 litres")
+        assert task.user_id == "alice"
+        ```
 
         Args:
             user_id: The owner of the task.
@@ -134,6 +148,10 @@ class TaskRepository:
     ) -> builtins.list[TaskRecord]:
         """Store up to 10,000 new tasks with one INSERT, all or none, and return them in order.
 
+        ```python
+        await db.tasks.create_many("alice", [NewTask("Buy bread"), NewTask("Buy salt")])
+        ```
+
         Args:
             user_id: The owner of the tasks.
             tasks: The new tasks.
@@ -157,6 +175,10 @@ class TaskRepository:
 
         One SELECT by primary key and owner; takes no lock.
 
+        ```python
+        assert (await db.tasks.get("alice", task.id)).title == "Buy milk"
+        ```
+
         Raises:
             TaskNotFoundError: The user has no such task; another user may have it.
         """
@@ -179,10 +201,21 @@ class TaskRepository:
         One SELECT; takes no lock. It reads no row of another user. For a deep page it skips the
         user's own index entries of the pages before.
 
+        ```python
+        first = await db.tasks.list("alice", sort=TaskSort.TITLE, limit=2)
+        second = await db.tasks.list(
+            "alice", sort=TaskSort.TITLE, limit=2, cursor=first.next_cursor
+        )
+        assert [task.title for task in second.items] == ["Buy salt"]
+        ```
+
         Args:
             user_id: The owner of the tasks.
             completed: Only tasks that are completed (True) or not (False); None for both.
-            search: Only tasks with this text in title or description, in upper or lower case.
+            search: Only tasks with this text in title or description, by ILIKE. Upper and lower
+                case are equal, as the database's locale has them; the Greek final sigma is not
+                equal to sigma. Nothing is normalised: a letter with an accent in one code point
+                (NFC) does not find the same letter in two (NFD).
             sort: The order of the tasks.
             limit: The number of tasks of a page, 1 to 1,000.
             cursor: `next_cursor` of the previous page, for the same sort and filters.
@@ -211,6 +244,10 @@ class TaskRepository:
         caller processes a task. A task that changes during the iteration is yielded in its old or
         its new state. If its sort key changes, it may be missed or yielded twice; `NEWEST` and
         `OLDEST` sort by id, which never changes.
+
+        ```python
+        titles = [task.title async for task in db.tasks.iterate("alice")]
+        ```
         """
         user_id = inputs.user_id(user_id)
         filters = _filters(completed, search)
@@ -230,6 +267,10 @@ class TaskRepository:
         """Count the tasks that `list` would return on all its pages.
 
         One SELECT; takes no lock. Its time grows with the number of the user's own tasks.
+
+        ```python
+        assert await db.tasks.count("alice", completed=False) == 3
+        ```
         """
         user_id = inputs.user_id(user_id)
         filters = _filters(completed, search)
@@ -251,10 +292,19 @@ class TaskRepository:
 
         One UPDATE; locks the row. `updated_at` moves only when a column really changes.
 
+        ```python
+        task = await db.tasks.update("alice", task.id, title="Buy oat milk", description=None)
+        await db.tasks.update(
+            "alice", task.id, completed=True, expected_updated_at=task.updated_at
+        )
+        ```
+
         Args:
             user_id: The owner of the task.
             task_id: The task.
-            expected_updated_at: Change the task only if its `updated_at` still has this value.
+            expected_updated_at: Change the task only if its `updated_at` still has this value, to
+                the microsecond. A JavaScript `Date` has only milliseconds: a client must keep the
+                text that it got, or the ETag.
             **changes: `title`, `description`, `completed`; None means NULL.
 
         Raises:
@@ -285,6 +335,10 @@ class TaskRepository:
 
         One UPDATE; locks the row, so that two toggles at the same time both take effect.
 
+        ```python
+        assert not (await db.tasks.toggle("alice", task.id)).completed
+        ```
+
         Raises:
             TaskNotFoundError: The user has no such task; another user may have it.
         """
@@ -296,6 +350,10 @@ class TaskRepository:
         """Delete one task permanently. Its id is never used again.
 
         One DELETE.
+
+        ```python
+        await db.tasks.delete("alice", task.id)
+        ```
 
         Raises:
             TaskNotFoundError: The user has no such task; another user may have it.
@@ -313,6 +371,11 @@ class TaskRepository:
 
         One UPDATE; locks the rows in the order of their ids. It ignores ids that are not the
         user's, and tasks that have the new values already.
+
+        ```python
+        shown = [task.id for task in first.items]
+        assert await db.tasks.update_many("alice", shown, completed=True) == 1  # one is deleted
+        ```
         """
         user_id = inputs.user_id(user_id)
         ids = inputs.task_ids(task_ids)
@@ -328,6 +391,10 @@ class TaskRepository:
 
         One DELETE; locks the rows in the order of their ids. It ignores ids that are not the
         user's.
+
+        ```python
+        assert await db.tasks.delete_many("bob", shown) == 0
+        ```
         """
         user_id = inputs.user_id(user_id)
         values = {"task_ids": inputs.task_ids(task_ids)}
@@ -337,6 +404,10 @@ class TaskRepository:
         """Delete all completed tasks; return how many were deleted.
 
         One DELETE; locks the rows in the order of their ids.
+
+        ```python
+        assert await db.tasks.delete_completed("alice") == 1
+        ```
         """
         user_id = inputs.user_id(user_id)
         return await self._executor.perform(user_id, Operation(_DELETE_COMPLETED, {}, _number))

@@ -48,6 +48,10 @@ class UserRepository:
 
         One INSERT. The e-mail address is stored in lower case.
 
+        ```python
+        await db.users.create("carol", email="Carol@example.org", name="Carol")
+        ```
+
         Raises:
             UserIdTakenError: A user with this id exists.
             EmailTakenError: Another user has this e-mail address.
@@ -66,6 +70,11 @@ class UserRepository:
 
         One INSERT … ON CONFLICT, run up to three times if another call stores the same user at
         the same time. In a transaction it is wrapped in a savepoint.
+
+        ```python
+        user = await db.users.ensure("carol", email="another@example.org", name="Carol")
+        assert user.email == "carol@example.org"
+        ```
 
         Raises:
             EmailTakenError: There is no such user, and another user has this e-mail address.
@@ -89,6 +98,10 @@ class UserRepository:
 
         One SELECT by primary key; takes no lock.
 
+        ```python
+        assert (await db.users.get("carol")).name == "Carol"
+        ```
+
         Raises:
             UserNotFoundError: There is no such user.
         """
@@ -100,6 +113,10 @@ class UserRepository:
 
         One UPDATE; locks the row. The e-mail address is not among them, so that an API which hands
         the body of a request on cannot change it: see `set_email`.
+
+        ```python
+        await db.users.update("carol", username="carol", image=None)
+        ```
 
         Args:
             user_id: The user.
@@ -122,6 +139,10 @@ class UserRepository:
 
         One UPDATE; locks the row. A trigger sets `email_verified` to false if the address changes.
 
+        ```python
+        await db.users.set_email("carol", email="carol@example.com")
+        ```
+
         Raises:
             UserNotFoundError: There is no such user.
             EmailTakenError: Another user has this e-mail address.
@@ -135,6 +156,10 @@ class UserRepository:
         """Delete the user and, by cascade, all the user's tasks.
 
         One DELETE; locks all these rows until the commit.
+
+        ```python
+        await db.users.delete("carol")
+        ```
 
         Raises:
             UserNotFoundError: There is no such user.

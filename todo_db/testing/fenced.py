@@ -76,6 +76,10 @@ async def assert_fenced(
     row for alice, gives one to alice, takes each of alice's values for a row of its own, and refers
     to what is alice's. Each attempt must end like the same attempt on a row that does not exist.
 
+    ```python
+    await assert_fenced(db, Task)
+    ```
+
     Args:
         database: A database with the migrations of the application. It is changed.
         model: An `Owned` class.

@@ -52,6 +52,19 @@ async def assert_isolated(  # noqa: PLR0913  # what an API may need
     mallory sends alice's id in place of each text of the body. What a GET without ids shows mallory
     must not change when alice stores something by each POST operation that answers with an id.
 
+    ```python
+    app = FastAPI(lifespan=lifespan())
+    install(app)
+
+
+    @app.get("/count")
+    async def count(user_id: CurrentUserId, tasks: Tasks) -> int:
+        return await tasks.count(user_id)
+
+
+    await assert_isolated(app)
+    ```
+
     Args:
         app: The application, with the lifespan of `todo_db.fastapi`. It is started and stopped.
         alice: The id of a user, who is stored.

@@ -9,7 +9,13 @@ from todo_db.engine import observe_answers
 
 @dataclass(slots=True)
 class RoundTrips:
-    """How often this process has waited for a server.
+    """How often this process has waited for a server: what `count_round_trips` gives its block.
+
+    ```python
+    with count_round_trips() as trips:
+        pass
+    assert trips == RoundTrips(count=0)
+    ```
 
     Attributes:
         count: The number of answers that were complete.
@@ -25,11 +31,12 @@ def count_round_trips() -> Generator[RoundTrips]:
     A statement that a connection has not prepared costs one more, and connecting costs several: so
     run what you count once before.
 
-    >>> async def example(database: Database) -> None:
-    ...     await database.tasks.count("alice")
-    ...     with count_round_trips() as trips:
-    ...         await database.tasks.count("alice")
-    ...     assert trips.count == 1
+    ```python
+    await db.tasks.count("alice")
+    with count_round_trips() as trips:
+        await db.tasks.count("alice")
+    assert trips.count == (await db.health()).round_trips
+    ```
     """
     trips = RoundTrips()
 
