@@ -27,7 +27,7 @@ _ALGORITHMS: Final[dict[str, tuple[str, str | None]]] = {
     "PS256": ("RSA", None),
 }
 
-_logger: Final = logging.getLogger("todo_db")
+_logger: Final = logging.getLogger(__name__)
 
 
 class Keys(Protocol):
@@ -122,7 +122,11 @@ class FetchedKeys:
             self._keys = _usable(fetched)
         except (jwt.PyJWTError, OSError, ValueError, RecursionError) as error:
             self._failed_at = time.monotonic()
-            _logger.warning("the public keys could not be fetched: %s", type(error).__name__)
+            _logger.warning(
+                "the public keys could not be fetched: %s",
+                type(error).__name__,
+                extra={"event": "todo_db.keys.failed", "reason": type(error).__name__},
+            )
             return False
         else:
             self._fetched_at = time.monotonic()
