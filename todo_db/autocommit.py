@@ -130,7 +130,7 @@ def _answered(error: Exception, pool: Pool, *, is_change: bool) -> TodoDBError:
 
 
 def _lost(error: Exception, *, is_unknown: bool) -> TodoDBError:
-    if is_unknown:  # pragma: no cover  # test_one_trip_outcomes, marked fault
+    if is_unknown:
         return _unknown(error)
     failure = translated(error)
     return failure if isinstance(failure, UnavailableError) else connection_lost()

@@ -92,13 +92,13 @@ class _Telemetry:
         attributes = {"db.client.connection.pool.name": self.attributes.get("db.namespace", _SCOPE)}
 
         def in_use(_: CallbackOptions) -> Iterator[Observation]:
-            if (open_database := found()) is not None:
+            if (alive := found()) is not None:
                 used = {**attributes, "db.client.connection.state": "used"}
-                yield Observation(open_database.pool_status.in_use, used)
+                yield Observation(alive.pool_status.in_use, used)
 
         def waiting(_: CallbackOptions) -> Iterator[Observation]:
-            if (open_database := found()) is not None:
-                yield Observation(open_database.pool_status.waiting, attributes)
+            if (alive := found()) is not None:
+                yield Observation(alive.pool_status.waiting, attributes)
 
         self._meter.create_observable_up_down_counter(
             "db.client.connection.count", [in_use], "{connection}", "Connections in use."

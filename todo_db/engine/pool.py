@@ -219,9 +219,7 @@ class Pool:
         until then.
         """
         self._take_back(connection)
-        if connection.driver.is_closed():
-            self._discard(connection, "lost")
-        elif not self._open:
+        if connection.driver.is_closed() or not self._open:
             self._discard(connection)
         elif connection.is_reusable:
             self._keep(connection)
@@ -411,30 +409,29 @@ class Pool:
         self._retire(connection)
 
     def _retire(self, connection: PooledConnection) -> None:
-        if connection.driver.is_closed():
-            self._discard(connection, "lost")
-        elif self._open:
+        if self._open and not connection.driver.is_closed():
             self._spawn(self._close(connection), self._tasks)
         else:
             self._discard(connection)
 
     def _discard(self, connection: PooledConnection, reason: str | None = None) -> None:
+        reason = reason or self._closing_reason(connection)
         connection.terminate()
-        self._note_closed(connection, reason)
+        self._note_closed(reason)
         if self._open:
             self._serve()
 
-    def _note_closed(self, connection: PooledConnection, reason: str | None = None) -> None:
+    def _closing_reason(self, connection: PooledConnection) -> str:
+        if connection.driver.is_closed():
+            return "lost"
+        if not self._open:
+            return "pool_closed"
+        if connection.generation != self._generation:
+            return "statements_off"
+        return "expired" if connection.is_expired else "surplus"
+
+    def _note_closed(self, reason: str) -> None:
         self._total -= 1
-        if reason is None:
-            if not self._open:
-                reason = "pool_closed"
-            elif connection.generation != self._generation:
-                reason = "statements_off"
-            elif connection.is_expired:
-                reason = "expired"
-            else:
-                reason = "surplus"
         _logger.info(
             "a connection was closed: %s",
             reason,
@@ -556,9 +553,10 @@ class Pool:
             self._keep(connection)
 
     async def _close(self, connection: PooledConnection) -> None:
+        reason = self._closing_reason(connection)
         try:
             await connection.close()
         finally:
-            self._note_closed(connection)
+            self._note_closed(reason)
             if self._open:
                 self._serve()
