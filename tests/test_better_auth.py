@@ -37,6 +37,7 @@ from credentials import (
     truncated,
 )
 from driver import Connection
+from events import events
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proxy import BEGIN, Fault, Proxy
@@ -327,9 +328,7 @@ class TestSettings:
                     Authenticator(world.database, set_up()),
                     bearer(jwt(world.issued.key.header, forged, Key().private.sign)),
                 )
-            assert [record.getMessage() for record in caplog.records] == [
-                f"a JWT with a valid signature was refused: it has another {word}"
-            ]
+            assert events(caplog) == [{"event": "todo_db.jwt.refused", "claim": word}]
 
 
 class TestIdentity:

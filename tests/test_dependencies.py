@@ -3,7 +3,6 @@
 import asyncio
 import inspect
 import json
-import logging
 import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
@@ -14,6 +13,7 @@ import pytest
 import pytest_asyncio
 from credentials import SECRET, URL, Key, add_key, add_session, bearer, cookie, signed
 from driver import Connection
+from events import events
 from fastapi import Depends, FastAPI, HTTPException, WebSocket
 from starlette.requests import HTTPConnection
 from starlette.websockets import WebSocketDisconnect
@@ -487,8 +487,7 @@ class TestCurrentUser:
             for _ in range(2):
                 assert (await asking.get("/user", headers=taken)).status_code == 200
             assert (await db.users.get("carol")).email == "carol@example.org"
-        told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-        assert told == ["a new e-mail address is another user's, so it was not stored"]
+        assert events(caplog) == [{"event": "todo_db.email.taken"}]
 
     @pytest.mark.parametrize("email", [None, "", 1, "no address"])
     async def test_needs_an_address_in_the_token(

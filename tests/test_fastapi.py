@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 from credentials import SECRET, URL, add_session, add_user, bearer, cookie, signed
 from driver import Connection
+from events import events
 from fastapi import Depends, FastAPI, Header, HTTPException, Request
 from locks import until_waiting
 from proxy import BEGIN, Fault, Proxy
@@ -251,9 +252,9 @@ class TestErrors:
         assert {k: v for k, v in response.headers.items() if k not in usual} == headers
         Problem.model_validate(response.json() | {"extra": None})
         # The log must show faults of the service.
-        assert [record.levelname for record in caplog.records if record.name == "todo_db"] == (
-            ["ERROR"] if status == 500 else []
-        )
+        failed = {"event": "todo_db.request.failed", "reason": kind.__name__}
+        assert events(caplog) == ([failed] if status == 500 else [])
+        assert {record.levelname for record in caplog.records} <= {"ERROR"}
 
     def test_have_one_answer_each(self) -> None:
         assert set(_ANSWERS) == set(kinds())
@@ -560,7 +561,7 @@ class TestCurrentUserId:
     ) -> None:
         caplog.set_level(logging.INFO, logger="todo_db")
         async with client(service(url, better_auth_secret=None)) as asking:
-            assert "the settings name no issuer" in caplog.text
+            assert events(caplog, "todo_db.credentials.none") != []
             response = await asking.get("/me", headers=alice)
         assert (response.status_code, problem(response)) == (500, {})
         assert "BETTER_AUTH_SECRET" in caplog.text
@@ -571,6 +572,7 @@ class TestCurrentUserId:
         caplog.set_level(logging.INFO, logger="todo_db")
         async with client(service(url)):
             pass
+        assert len(events(caplog, "todo_db.credentials.accepted")) == 1
         told = [r.getMessage() for r in caplog.records if "credentials" in r.getMessage()]
         assert len(told) == 1
         assert told[0].startswith(f"credentials: JWTs of the issuer {URL} for {URL} with keys")

@@ -2,13 +2,13 @@
 
 import asyncio
 import json
-import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Final
 
 import pytest
 import pytest_asyncio
 from credentials import JWKS, NO_KEYS, Key, bearer, by, claims, jwt
+from events import events
 
 from todo_db import Database, NotAuthenticatedError, Settings, UnavailableError, keys
 from todo_db.better_auth import Authenticator, Identity
@@ -169,9 +169,8 @@ class TestFailure:
             await fetched.find(endpoint.key.id)
         assert caught.value.retry_after == 5
         assert caught.value.__context__ is None
-        assert [record.levelno for record in caplog.records if record.name == "todo_db"] == [
-            logging.WARNING
-        ]
+        (failed,) = events(caplog, "todo_db.keys.failed")
+        assert failed["reason"]
 
     async def test_is_remembered_for_five_seconds(
         self, fetched: FetchedKeys, endpoint: Endpoint, clock: Clock

@@ -352,20 +352,16 @@ class TestLog:
             async with Database.from_url(single_url) as database:
                 await database.open()
                 await database.tasks.count("alice")
-        assert caplog.record_tuples == [
-            ("todo_db", logging.INFO, f"round trips of a call: 1, because {FENCED}")
+        assert [text for text in caplog.messages if "round trips" in text] == [
+            f"round trips of a call: 1, because {FENCED}"
         ]
 
     async def test_three_too(self, url: str, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.INFO, logger="todo_db"):
             async with Database.from_url(url):
                 pass
-        assert caplog.record_tuples == [
-            (
-                "todo_db",
-                logging.INFO,
-                "round trips of a call: 3, because the login has no statement_timeout of its own",
-            )
+        assert [text for text in caplog.messages if "round trips" in text] == [
+            "round trips of a call: 3, because the login has no statement_timeout of its own"
         ]
 
     @pytest.mark.parametrize(

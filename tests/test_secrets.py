@@ -73,7 +73,7 @@ NO_RETRIES: Final = {"retry_attempts": 1, "pool_size": 1, "max_overflow": 0}
 
 LOGGERS: Final = (
     *("", "alembic", "asyncio", "asyncpg", "sqlalchemy", "sqlalchemy.engine", "sqlalchemy.pool"),
-    *("stamina", "todo_db"),
+    "todo_db",
 )
 
 type Arguments = dict[str, Any]

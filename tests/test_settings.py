@@ -36,6 +36,7 @@ VARIABLES = {
     "idle_in_transaction_timeout_seconds": "TODO_DB_IDLE_IN_TRANSACTION_TIMEOUT_SECONDS",
     "retry_attempts": "TODO_DB_RETRY_ATTEMPTS",
     "retry_timeout_seconds": "TODO_DB_RETRY_TIMEOUT_SECONDS",
+    "slow_call_seconds": "TODO_DB_SLOW_CALL_SECONDS",
     "prepared_statements": "TODO_DB_PREPARED_STATEMENTS",
 }
 DEFAULTS: dict[str, Any] = {
@@ -63,6 +64,7 @@ DEFAULTS: dict[str, Any] = {
     "idle_in_transaction_timeout_seconds": 10.0,
     "retry_attempts": 5,
     "retry_timeout_seconds": 20.0,
+    "slow_call_seconds": 1.0,
     "prepared_statements": None,
 }
 
@@ -85,6 +87,7 @@ SECRETS = ("database_url", "direct_database_url", "better_auth_secret", "better_
 SECONDS = tuple(
     name for name in DEFAULTS if name.endswith("_seconds") and name != "jwks_grace_period_seconds"
 )
+MAY_BE_ZERO = ("connect_retry_seconds", "slow_call_seconds")
 
 
 def text(value: object) -> str:
@@ -209,13 +212,14 @@ class TestBounds:
         for value in (0.001, 3_600):
             assert plain(Settings(**{name: value}))[name] == value
         for value in (0, -1, 3_600.001, float("inf"), float("nan")):
-            if (name, value) == ("connect_retry_seconds", 0):
+            if name in MAY_BE_ZERO and value == 0:
                 continue
             with pytest.raises(ConfigurationError, match=name):
                 Settings(**{name: value})
 
-    def test_connecting_again_can_be_turned_off(self) -> None:
-        assert Settings(connect_retry_seconds=0).connect_retry_seconds == 0
+    @pytest.mark.parametrize("name", MAY_BE_ZERO)
+    def test_zero_turns_off(self, name: str) -> None:
+        assert plain(Settings(**{name: 0}))[name] == 0
 
 
 class TestRefusal:

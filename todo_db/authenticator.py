@@ -23,7 +23,7 @@ _LONGEST: Final = 8_192
 _TOKEN: Final = re.compile(r"[\x21-\x7e]{1,512}")
 _JWT_DOTS: Final = 2
 
-_logger: Final = logging.getLogger("todo_db")
+_logger: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,11 @@ class Authenticator:
         if not self._has_warned:
             self._has_warned = True
             claim = "issuer" if kind is jwt.InvalidIssuerError else "audience"
-            _logger.warning("a JWT with a valid signature was refused: it has another %s", claim)
+            _logger.warning(
+                "a JWT with a valid signature was refused: it has another %s",
+                claim,
+                extra={"event": "todo_db.jwt.refused", "claim": claim},
+            )
 
     def _cookie(self, header: str | None) -> str | None:
         """Return the session's cookie: the first of its names that was sent."""

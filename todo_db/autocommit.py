@@ -14,12 +14,14 @@ no answer in time (command_timeout)                    unknown
 """
 
 import asyncio
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from typing import Final
 
 import asyncpg
 
+from todo_db.calls import Call
 from todo_db.engine import STALE_ROWS, STALE_STATEMENT, Pool, PooledConnection
 from todo_db.errors import (
     OutcomeUnknownError,
@@ -48,14 +50,21 @@ _NOT_SENT: Final = re.compile(
     "|cannot switch to state"
 )
 
+_logger: Final = logging.getLogger(__name__)
+
 
 async def fetch(
-    pool: Pool, sql: str, arguments: Iterable[object], *, is_change: bool
+    pool: Pool,
+    sql: str,
+    arguments: Iterable[object],
+    *,
+    is_change: bool,
+    call: Call | None = None,
 ) -> Sequence[Row]:
     """Run one statement on a connection of the pool, and commit it.
 
     What fails before the statement can have been applied, as connecting can fail, is tried again
-    with other connections until `connect_retry_seconds` are over.
+    with other connections until `connect_retry_seconds` are over. `call` counts what is sent.
 
     Raises:
         OutcomeUnknownError: The change may have been applied.
@@ -66,7 +75,9 @@ async def fetch(
     values = tuple(arguments)
     since = asyncio.get_running_loop().time()
     while True:
-        connection = await pool.acquire(since)
+        connection = await pool.acquire(since, call)
+        if call is not None:
+            call.round_trips += 1
         connection.has_transaction = False
         suffix = pool.statement_suffix
         try:
@@ -110,7 +121,7 @@ def _answered(error: Exception, pool: Pool, *, is_change: bool) -> TodoDBError:
     if isinstance(error, (*STALE_STATEMENT, *STALE_ROWS)):  # pragma: no cover  # marked pooler
         stale = pool.stale_statement(error)
         if is_change and isinstance(error, STALE_ROWS):
-            return OutcomeUnknownError()
+            return _unknown(error)
         return stale
     if getattr(error, "sqlstate", "") == "25006":  # pragma: no cover  # marked fault
         # After a failover the address may lead to a standby for a while.
@@ -119,10 +130,19 @@ def _answered(error: Exception, pool: Pool, *, is_change: bool) -> TodoDBError:
 
 
 def _lost(error: Exception, *, is_unknown: bool) -> TodoDBError:
-    if is_unknown:  # pragma: no cover  # test_one_trip_outcomes, marked fault
-        return OutcomeUnknownError()
+    if is_unknown:
+        return _unknown(error)
     failure = translated(error)
     return failure if isinstance(failure, UnavailableError) else connection_lost()
+
+
+def _unknown(error: Exception) -> OutcomeUnknownError:
+    _logger.warning(
+        "the outcome of a change is unknown: %s",
+        type(error).__name__,
+        extra={"event": "todo_db.outcome.unknown", "reason": type(error).__name__},
+    )
+    return OutcomeUnknownError()
 
 
 def _is_refused(error: Exception, connection: PooledConnection) -> bool:

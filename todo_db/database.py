@@ -6,12 +6,14 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
+from functools import partial
+from math import inf
+from random import uniform
 from typing import Any, Final, NamedTuple, Self, cast
 
-import stamina
-
 from todo_db import autocommit, inputs
+from todo_db.calls import UNOBSERVED, Call, Observe
 from todo_db.engine import Pool
 from todo_db.errors import (
     CallTimeoutError,
@@ -26,7 +28,7 @@ from todo_db.errors import (
 from todo_db.fence import OWNER, PRINTED_RULE, ROLE
 from todo_db.logins import role_settings
 from todo_db.models import REVISION, VERSION_TABLE
-from todo_db.records import Health
+from todo_db.records import Health, PoolStatus
 from todo_db.repositories import Operation, Retry, TaskRepository, UserRepository
 from todo_db.repositories.statements import Row
 from todo_db.settings import Settings
@@ -102,7 +104,7 @@ _MOST_LOCK_WAITS: Final = 2
 _ONE_TRIP: Final = "the login is bound by row-level security and has its own timeouts"
 _UNPROVEN: Final = "the server does not set the user before it runs a statement"
 
-_logger: Final = logging.getLogger("todo_db")
+_logger: Final = logging.getLogger(__name__)
 
 
 class StoredCredential(NamedTuple):
@@ -143,6 +145,11 @@ class Database:
         self.users: Final = UserRepository(self)
         self._pool = Pool(settings)
         self._preamble = TransactionPreamble(settings)
+        self._observe: Observe | None = (
+            partial(Call, slow_seconds=settings.slow_call_seconds)
+            if settings.slow_call_seconds
+            else None
+        )
         self._opening = asyncio.Lock()
         self._one_trip = False
         self._form_reason: str | None = None
@@ -194,7 +201,7 @@ class Database:
                 # The old one belongs to the loop that it was used on.
                 self._pool = Pool(self.settings)
             try:
-                await self._retried(self._check, repeatable=True)
+                await self._retried("open", self._check, repeatable=True)
             except BaseException as error:
                 if isinstance(error, TodoDBError):
                     self._failures, self._failure = self._failures + 1, copy.copy(error)
@@ -219,6 +226,16 @@ class Database:
             self._closed = True
             self._is_open = False
             await self._pool.close()
+        _logger.info("the database was closed", extra={"event": "todo_db.database.closed"})
+
+    @property
+    def pool_status(self) -> PoolStatus:
+        """How many connections there may be, are in use, and are waited for, in this process."""
+        return self._pool.status
+
+    def observe(self, observe: Observe) -> None:
+        """Have every call and transaction from now on be observed by what `observe` returns."""
+        self._observe = observe
 
     async def perform[T](self, user_id: str, operation: Operation[T]) -> T:
         """Run a repository's operation and commit it: in one round trip, or in three.
@@ -228,9 +245,14 @@ class Database:
         not: BEGIN, the statement, COMMIT. It is run again when it is known not to have been
         applied, or may be applied twice.
         """
-        await self._ready()
-        if self._one_trip:
-            return await self._perform_alone(user_id, operation)
+        with self._observed(operation.statement.name) as call:
+            await self._ready()
+            perform = self._perform_alone if self._one_trip else self._perform_in_transaction
+            return await perform(user_id, operation, call)
+
+    async def _perform_in_transaction[T](
+        self, user_id: str, operation: Operation[T], call: Call | None
+    ) -> T:
         if operation.needs_savepoint:
             # There is nothing before it in its transaction that a savepoint could keep.
             operation = operation._replace(needs_savepoint=False)
@@ -240,7 +262,7 @@ class Database:
         async def attempt() -> T:
             try:
                 async with TransactionScope(
-                    self._pool, self._preamble, user_id, read_only=read_only
+                    self._pool, self._preamble, user_id, read_only=read_only, call=call
                 ) as tx:
                     result = await tx.perform(user_id, operation)
                     previous_result.append(result)
@@ -251,9 +273,16 @@ class Database:
                 raise
             return result
 
-        return await self._retried(attempt, repeatable=operation.retry is not Retry.UNSAFE)
+        return await self._retried(
+            operation.statement.name,
+            attempt,
+            repeatable=operation.retry is not Retry.UNSAFE,
+            call=call,
+        )
 
-    async def _perform_alone[T](self, user_id: str, operation: Operation[T]) -> T:
+    async def _perform_alone[T](
+        self, user_id: str, operation: Operation[T], call: Call | None
+    ) -> T:
         statement = operation.statement.alone
         is_change = operation.retry is not Retry.READ_ONLY
         was_unknown = False
@@ -263,7 +292,7 @@ class Database:
             arguments = statement.arguments(user_id, operation.values)
             try:
                 rows = await autocommit.fetch(
-                    self._pool, statement.sql, arguments, is_change=is_change
+                    self._pool, statement.sql, arguments, is_change=is_change, call=call
                 )
             except OutcomeUnknownError:  # pragma: no cover  # marked fault
                 was_unknown = True
@@ -282,7 +311,12 @@ class Database:
                     raise
             raise failure
 
-        return await self._retried(attempt, repeatable=operation.retry is not Retry.UNSAFE)
+        return await self._retried(
+            operation.statement.name,
+            attempt,
+            repeatable=operation.retry is not Retry.UNSAFE,
+            call=call,
+        )
 
     @asynccontextmanager
     async def transaction(
@@ -305,11 +339,12 @@ class Database:
             OutcomeUnknownError: The connection was lost during the COMMIT.
         """
         user_id = inputs.user_id(user_id)
-        await self._ready()
-        unit = TransactionScope(self._pool, self._preamble, user_id, read_only=read_only)
-        await self._retried(unit.begin, repeatable=False)
-        async with unit as transaction:
-            yield transaction
+        with self._observed("transaction") as call:
+            await self._ready()
+            scope = self._scope(user_id, call, read_only=read_only)
+            await self._retried("transaction", scope.begin, repeatable=False, call=call)
+            async with scope as transaction:
+                yield transaction
 
     async def run[T](
         self,
@@ -340,14 +375,14 @@ class Database:
             OutcomeUnknownError: The connection was lost during the COMMIT.
         """
         user_id = inputs.user_id(user_id)
-        await self._ready()
+        with self._observed("run") as call:
+            await self._ready()
 
-        async def attempt() -> T:
-            scope = TransactionScope(self._pool, self._preamble, user_id, read_only=read_only)
-            async with scope as tx:
-                return await work(tx)
+            async def attempt() -> T:
+                async with self._scope(user_id, call, read_only=read_only) as tx:
+                    return await work(tx)
 
-        return await self._retried(attempt, repeatable=False)
+            return await self._retried("run", attempt, repeatable=False, call=call)
 
     async def health(self, *, timeout_seconds: float = 2.0) -> Health:
         """Say whether the database answers and is migrated. Raises nothing but cancellation.
@@ -407,18 +442,22 @@ class Database:
 
         One SELECT by unique index. It returns nothing for a token or key id that does not exist.
         """
-        await self._ready()
+        name = "find_credential"
+        with self._observed(name) as call:
+            await self._ready()
 
-        async def attempt() -> StoredCredential:
-            return StoredCredential(*await self._read(_CREDENTIAL, session_token, key_id))
+            async def attempt() -> StoredCredential:
+                row = await self._read(_CREDENTIAL, session_token, key_id, call=call)
+                return StoredCredential(*row)
 
-        return await self._retried(attempt, repeatable=True)
+            return await self._retried(name, attempt, repeatable=True, call=call)
 
-    async def _read(self, sql: str, *arguments: object) -> Row:
+    async def _read(self, sql: str, *arguments: object, call: Call | None = None) -> Row:
         """Return the one row of a statement of the package's own, which reads and names no user."""
         if self._one_trip:
-            return (await autocommit.fetch(self._pool, sql, arguments, is_change=False))[0]
-        async with self._own_transaction() as scope:
+            rows = await autocommit.fetch(self._pool, sql, arguments, is_change=False, call=call)
+            return rows[0]
+        async with self._own_transaction(call) as scope:
             return await scope.fetch_row(sql, *arguments)
 
     async def _ready(self) -> None:
@@ -458,10 +497,24 @@ class Database:
             self._is_open = False
         self._loop, self._process = loop, process
 
+    def _observed(self, name: str) -> AbstractContextManager[Call | None]:
+        return UNOBSERVED if self._observe is None else self._observe(name)
+
+    def _scope(self, user_id: str, call: Call | None, *, read_only: bool) -> TransactionScope:
+        """Return a transaction whose calls are observed, too."""
+        return TransactionScope(
+            self._pool,
+            self._preamble,
+            user_id,
+            read_only=read_only,
+            call=call,
+            observe=self._observe,
+        )
+
     @asynccontextmanager
-    async def _own_transaction(self) -> AsyncGenerator[TransactionScope]:
+    async def _own_transaction(self, call: Call | None = None) -> AsyncGenerator[TransactionScope]:
         """Open a transaction of the package's own: it reads, and no row belongs to its user."""
-        scope = TransactionScope(self._pool, self._preamble, NO_USER, read_only=True)
+        scope = self._scope(NO_USER, call, read_only=True)
         async with scope:
             yield scope
 
@@ -503,12 +556,22 @@ class Database:
             reason = _UNPROVEN
         self._one_trip = reason is None
         self._form_reason = reason or _ONE_TRIP
-        _logger.info("round trips of a call: %d, because %s", self._round_trips, self._form_reason)
+        _logger.info(
+            "round trips of a call: %d, because %s",
+            self._round_trips,
+            self._form_reason,
+            extra={
+                "event": "todo_db.database.opened",
+                "round_trips": self._round_trips,
+                "reason": self._form_reason,
+            },
+        )
         if self._one_trip and differing is not None:
             _logger.warning(
                 "the login's own %s differ from the settings, and hold for single calls: run "
                 "`todo-db login` again",
                 differing,
+                extra={"event": "todo_db.login.differs", "settings": differing},
             )
 
     async def _is_proven(self) -> bool:
@@ -517,7 +580,14 @@ class Database:
         rows = await autocommit.fetch(self._pool, autocommit.PROOF, [user_id], is_change=False)
         return [row[0] for row in rows] == [user_id]
 
-    async def _retried[T](self, attempt: Callable[[], Awaitable[T]], *, repeatable: bool) -> T:
+    async def _retried[T](
+        self,
+        name: str,
+        attempt: Callable[[], Awaitable[T]],
+        *,
+        repeatable: bool,
+        call: Call | None = None,
+    ) -> T:
         """Run `attempt` until it is applied: again only if it was not, or may be applied twice.
 
         After a try whose outcome is unknown, the failure of those that follow says nothing of
@@ -525,38 +595,44 @@ class Database:
         are of a connection that had been idle; the others wait longer and longer. A lock that was
         not free is waited for once more, so that the caller waits twice `lock_timeout` at most.
         """
+        failure: TodoDBError
         unknown = False
-        lock_waits = 0
+        lock_waits = retries = 0
+        until = inf
+        while True:
+            try:
+                return await attempt()
+            except OutcomeUnknownError as error:
+                unknown, failure, is_retried = True, error, repeatable
+            except UnavailableError as error:
+                lock_waits += isinstance(error, CallTimeoutError)
+                failure, is_retried = error, error.transient and lock_waits < _MOST_LOCK_WAITS
+            except (ConfigurationError, IsolationError, SchemaError) as error:
+                failure, is_retried = error, False
+            delay = _delay_seconds(retries)
+            begins = time.monotonic() + delay
+            until = min(until, begins + self.settings.retry_timeout_seconds)
+            retries += 1
+            if not is_retried or retries == self.settings.retry_attempts or begins > until:
+                raise OutcomeUnknownError if unknown else failure
+            if call is not None:
+                call.retries = retries
+            _logger.info(
+                "%s is tried again: %s",
+                name,
+                failure,
+                extra={
+                    "event": "todo_db.call.retried",
+                    "call": name,
+                    "reason": str(failure),
+                    "retry": retries,
+                    "delay_ms": round(delay * 1000),
+                },
+            )
+            await asyncio.sleep(delay)
 
-        def should_retry(error: Exception) -> bool:
-            nonlocal unknown, lock_waits
-            if isinstance(error, OutcomeUnknownError):
-                unknown = True
-                return repeatable
-            lock_waits += isinstance(error, CallTimeoutError)
-            return _is_transient(error) and lock_waits < _MOST_LOCK_WAITS
 
-        try:
-            return await attempt()
-        except TodoDBError as error:
-            if self.settings.retry_attempts == 1 or not should_retry(error):
-                raise
-        try:
-            async for retry in stamina.retry_context(  # pragma: no branch  # returns or raises
-                on=should_retry,
-                attempts=self.settings.retry_attempts - 1,
-                timeout=self.settings.retry_timeout_seconds,
-                wait_initial=0.05,
-                wait_max=2.0,
-                wait_jitter=0.1,
-            ):
-                with retry:
-                    return await attempt()
-        except (ConfigurationError, IsolationError, SchemaError, UnavailableError):
-            if not unknown:
-                raise
-        raise OutcomeUnknownError
-
-
-def _is_transient(error: Exception) -> bool:
-    return isinstance(error, UnavailableError) and error.transient
+def _delay_seconds(retries: int) -> float:
+    if not retries:
+        return 0.0
+    return 0.05 * 2.0 ** (retries - 1) + uniform(0, 0.1)  # noqa: S311  # not a secret

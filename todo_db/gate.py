@@ -21,7 +21,8 @@ its block ended          ended       ended       ended       ended
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from enum import Enum, auto
 from functools import cached_property
 from typing import Final
@@ -30,6 +31,7 @@ import asyncpg
 from sqlalchemy.exc import MissingGreenlet
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from todo_db.calls import Call
 from todo_db.engine import STALE_ROWS, STALE_STATEMENT, Pool, PooledConnection
 from todo_db.errors import (
     ConcurrentUseError,
@@ -57,7 +59,7 @@ _ALLOWED: Final = re.compile(
 _UNSENDABLE: Final = re.compile("[\x00\ud800-\udfff]")
 _ROLLBACK_SECONDS: Final = 2.0
 
-_logger: Final = logging.getLogger("todo_db")
+_logger: Final = logging.getLogger(__name__)
 
 
 class State(Enum):
@@ -101,14 +103,16 @@ class TransactionGate:
         state: In which state it is.
         savepoints: Those that are open: the name, and the task that opened it.
         session: The ORM session on it, if there is one.
+        call: What counts its statements, if it is observed.
     """
 
-    def __init__(self, connection: PooledConnection, pool: Pool) -> None:
+    def __init__(self, connection: PooledConnection, pool: Pool, call: Call | None = None) -> None:
         self.connection: Final = connection
         self.driver: Final = connection.driver
         self.state = State.OPEN
         self.savepoints: list[tuple[str, object]] = []
         self.session: TransactionSession | None = None
+        self.call = call
         self._pool = pool
         self._busy = False
 
@@ -156,6 +160,16 @@ class TransactionGate:
         finally:
             self._busy = False
         raise failure
+
+    @contextmanager
+    def observed(self, call: Call) -> Generator[None]:
+        """Have `call` observe the block, and count its statements."""
+        outer, self.call = self.call, call
+        try:
+            with call:
+                yield
+        finally:
+            self.call = outer
 
     def abort(self) -> None:
         """Commit nothing of what was done since the last savepoint."""
@@ -241,6 +255,8 @@ class TransactionGate:
             self._change(Event.STATE_UNKNOWN)
             raise IsolationError("a statement ended the transaction")
         self._busy = True
+        if self.call is not None:
+            self.call.round_trips += 1
 
     def _change(self, event: Event) -> None:
         """Change the state: the only place that does."""
@@ -318,7 +334,14 @@ class TransactionGate:
             await self.driver.execute(self.connection.ending("ROLLBACK"), timeout=_ROLLBACK_SECONDS)
         except Exception as error:  # noqa: BLE001  # nothing was applied either way
             self.connection.is_state_known = False
-            _logger.warning("a connection broke while it rolled back: %s", type(error).__name__)
+            _logger.warning(
+                "a connection broke while it rolled back: %s",
+                type(error).__name__,
+                extra={
+                    "event": "todo_db.transaction.rollback_failed",
+                    "reason": type(error).__name__,
+                },
+            )
         except BaseException:
             self.connection.is_state_known = False
             raise
@@ -336,7 +359,7 @@ class TransactionGate:
             try:
                 tag = await self.driver.execute(self.connection.ending("COMMIT"))
             except Exception as error:  # noqa: BLE001  # raised again, as ours
-                failure = self._commit_failure(error)
+                failure = self._commit_failure(error, read_only=read_only)
             except BaseException:
                 self.connection.is_state_known = False
                 raise
@@ -349,11 +372,20 @@ class TransactionGate:
         self.connection.is_state_known = False
         if not read_only:
             raise failure
-        _logger.warning("a connection broke after its last row was read")
+        _logger.warning(
+            "a connection broke after its last row was read",
+            extra={"event": "todo_db.transaction.read_only_lost"},
+        )
 
-    def _commit_failure(self, error: Exception) -> TodoDBError:
+    def _commit_failure(self, error: Exception, *, read_only: bool) -> TodoDBError:
         if is_server_error(error) and not self.driver.is_closed():
             return translated(error)
+        if not read_only:
+            _logger.warning(
+                "the outcome of a transaction is unknown: %s",
+                type(error).__name__,
+                extra={"event": "todo_db.outcome.unknown", "reason": type(error).__name__},
+            )
         return OutcomeUnknownError()
 
 

@@ -20,7 +20,7 @@ _FETCH_SECONDS: Final = 5.0
 # How long a failure counts, and how often unknown ids may cause a request at most.
 _PAUSE_SECONDS: Final = 5.0
 
-_logger: Final = logging.getLogger("todo_db")
+_logger: Final = logging.getLogger(__name__)
 
 
 class Keys(Protocol):
@@ -115,7 +115,11 @@ class FetchedKeys:
             self._keys = _usable(fetched)
         except (jwt.PyJWTError, OSError, ValueError, RecursionError) as error:
             self._failed_at = time.monotonic()
-            _logger.warning("the public keys could not be fetched: %s", type(error).__name__)
+            _logger.warning(
+                "the public keys could not be fetched: %s",
+                type(error).__name__,
+                extra={"event": "todo_db.keys.failed", "reason": type(error).__name__},
+            )
             return False
         else:
             self._fetched_at = time.monotonic()

@@ -81,6 +81,8 @@ class Settings(BaseSettings):
         retry_attempts: Tries of a call that is known not to have been applied, the first
             included. 1 turns all retries off, those of connecting as well.
         retry_timeout_seconds: How long after the first try failed another one may begin.
+        slow_call_seconds: A call or transaction that takes longer is logged as a warning; 0 turns
+            that off.
         prepared_statements: Keep prepared statements on each connection. By default `open` finds
             out whether a pooler tracks them (PgBouncer 1.21 or later, with
             `max_prepared_statements` above 0), and turns them off if not. Off costs one round trip
@@ -135,6 +137,7 @@ class Settings(BaseSettings):
     idle_in_transaction_timeout_seconds: _Seconds = 10.0
     retry_attempts: int = Field(default=5, ge=1, le=5)
     retry_timeout_seconds: _Seconds = 20.0
+    slow_call_seconds: float = Field(default=1.0, ge=0, le=3600, allow_inf_nan=False)
     prepared_statements: bool | None = None
 
     def __init__(self, **values: Any) -> None:  # noqa: ANN401  # pydantic checks each value

@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from functools import cached_property
 from typing import Any, Final
 
 from sqlalchemy import Executable, Result
 
+from todo_db.calls import UNOBSERVED, Call, Observe
 from todo_db.engine import Pool, PooledConnection, connect_failure
 from todo_db.errors import (
     ConfigurationError,
@@ -80,9 +81,10 @@ class Transaction:
         user_id: Whose transaction this is.
     """
 
-    def __init__(self, gate: TransactionGate, user_id: str) -> None:
+    def __init__(self, gate: TransactionGate, user_id: str, observe: Observe | None = None) -> None:
         self.user_id: Final = user_id
         self._gate = gate
+        self._observe = observe
         self._savepoint_number = 0
 
     @cached_property
@@ -107,17 +109,18 @@ class Transaction:
             raise IsolationError("the transaction belongs to another user")
         statement = operation.statement.in_transaction
         arguments = statement.arguments(user_id, operation.values)
-        try:
-            if operation.needs_savepoint:
-                async with self.savepoint():
+        with self._observed(operation.statement.name):
+            try:
+                if operation.needs_savepoint:
+                    async with self.savepoint():
+                        rows = await self._gate.fetch(statement.sql, arguments)
+                else:
                     rows = await self._gate.fetch(statement.sql, arguments)
+            except TodoDBError as error:
+                failure = operation.failure(error)
             else:
-                rows = await self._gate.fetch(statement.sql, arguments)
-        except TodoDBError as error:
-            failure = operation.failure(error)
-        else:
-            return operation.map_rows(rows)
-        raise failure
+                return operation.map_rows(rows)
+            raise failure
 
     async def execute(
         self, statement: Executable, parameters: Mapping[str, Any] | None = None
@@ -147,7 +150,8 @@ class Transaction:
             CallTimeoutError: A lock or the statement took too long.
             sqlalchemy.exc.SQLAlchemyError: The statement itself is wrong.
         """
-        return await self._gate.sqlalchemy.execute(statement, parameters)
+        with self._observed("execute"):
+            return await self._gate.sqlalchemy.execute(statement, parameters)
 
     def session(self) -> TransactionSession:
         """Return the transaction's ORM session, for entities of the application's own tables.
@@ -204,6 +208,9 @@ class Transaction:
             await self._forget_entities()
             raise
 
+    def _observed(self, name: str) -> AbstractContextManager[None]:
+        return UNOBSERVED if self._observe is None else self._gate.observed(self._observe(name))
+
     async def _forget_entities(self) -> None:
         # In a broken transaction another task may be in the middle of the session.
         if self._gate.session is not None and self._gate.state is State.OPEN:
@@ -222,17 +229,35 @@ class TransactionScope:
     back to the pool with the knowledge whether its answer was read; the pool recovers it if not.
     """
 
-    __slots__ = ("_gate", "_pool", "_preamble", "_read_only", "_transaction", "_user_id")
+    __slots__ = (
+        "_call",
+        "_gate",
+        "_observe",
+        "_pool",
+        "_preamble",
+        "_read_only",
+        "_transaction",
+        "_user_id",
+    )
 
     _gate: TransactionGate
 
-    def __init__(
-        self, pool: Pool, preamble: TransactionPreamble, user_id: str, *, read_only: bool
+    def __init__(  # noqa: PLR0913  # two of them are for those who observe it
+        self,
+        pool: Pool,
+        preamble: TransactionPreamble,
+        user_id: str,
+        *,
+        read_only: bool,
+        call: Call | None = None,
+        observe: Observe | None = None,
     ) -> None:
         self._pool = pool
         self._preamble = preamble
         self._user_id = user_id
         self._read_only = read_only
+        self._call = call
+        self._observe = observe
         self._transaction: Transaction | None = None
 
     @property
@@ -254,7 +279,7 @@ class TransactionScope:
         begin = self._preamble.begin(self._user_id, read_only=self._read_only)
         since = asyncio.get_running_loop().time()
         while True:
-            connection = await self._pool.acquire(since)
+            connection = await self._pool.acquire(since, self._call)
             connection.has_transaction = True
             try:
                 await connection.driver.execute(begin, timeout=self._pool.begin_seconds)
@@ -265,8 +290,11 @@ class TransactionScope:
                 self._pool.release(connection)
                 raise
             else:
-                self._gate = TransactionGate(connection, self._pool)
-                self._transaction = Transaction(self._gate, self._user_id)
+                if self._call is not None:
+                    # BEGIN, and what will end it.
+                    self._call.round_trips += 2
+                self._gate = TransactionGate(connection, self._pool, self._call)
+                self._transaction = Transaction(self._gate, self._user_id, self._observe)
                 return self._transaction
             connection.is_state_known = False
             if not isinstance(failure, UnavailableError) or not failure.transient:

@@ -14,7 +14,7 @@ def main() -> None:
         if error.name not in {"typer", "rich"}:
             raise
         sys.exit("The command line is an extra: pip install 'todo-db[cli]'")
-    # Retries are logged as warnings; on the command line only the outcome matters.
+    # On the command line only the outcome matters.
     logging.basicConfig(level=logging.ERROR)
     try:
         try:

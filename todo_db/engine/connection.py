@@ -50,7 +50,7 @@ _RESET_COMMITTED: Final = "SET CONSTRAINTS ALL IMMEDIATE;CLOSE ALL;UNLISTEN *;DI
 _random: Final = SystemRandom()
 
 _LOGGER: Final = "todo_db"
-_logger: Final = logging.getLogger(_LOGGER)
+_logger: Final = logging.getLogger(__name__)
 
 # SQLAlchemy's own loggers write SQL, rows and the server's messages. The names below are only
 # ours, so that an application that turns on the log of its own engines does not turn on these.
@@ -236,14 +236,21 @@ class PooledConnection:
             self.driver.terminate()
         except RuntimeError:
             # The event loop of the connection is closed: the socket goes with its transport.
-            _logger.debug("a connection outlived its event loop")
+            _logger.debug(
+                "a connection outlived its event loop",
+                extra={"event": "todo_db.connection.orphaned"},
+            )
 
     async def close(self) -> None:
         """Send Terminate, and close the socket."""
         try:
             await self.driver.close(timeout=_CLOSE_SECONDS)
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            _logger.info("a connection broke while it was closed: %s", type(error).__name__)
+            _logger.info(
+                "a connection broke while it was closed: %s",
+                type(error).__name__,
+                extra={"event": "todo_db.connection.broke", "reason": type(error).__name__},
+            )
         finally:
             self.terminate()
 

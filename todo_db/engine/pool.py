@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import asyncpg
 
+from todo_db.calls import Call
 from todo_db.engine.connection import PooledConnection, create_pool_engine
 from todo_db.engine.url import parse_url
 from todo_db.errors import ConfigurationError, PoolExhaustedError, TodoDBError, UnavailableError
@@ -24,8 +25,9 @@ from todo_db.settings import Settings
 _MAX_CONNECTING: Final = 3
 _FIRST_DELAY_SECONDS: Final = 0.05
 _MAX_DELAY_SECONDS: Final = 2.0
+_LONG_WAIT_SECONDS: Final = 1.0
 
-_logger: Final = logging.getLogger("todo_db")
+_logger: Final = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -137,7 +139,8 @@ class Pool:
         _logger.warning(
             "the pooler does not track prepared statements (or pools by session): they are off, "
             "and each statement costs one round trip more; set max_prepared_statements of "
-            "PgBouncer above 0, or TODO_DB_PREPARED_STATEMENTS"
+            "PgBouncer above 0, or TODO_DB_PREPARED_STATEMENTS",
+            extra={"event": "todo_db.statements.off"},
         )
         self.keeps_statements = False
         self._generation += 1
@@ -149,6 +152,11 @@ class Pool:
     def stale_statement(self, error: Exception) -> UnavailableError:
         """Have statements prepared anew after one failed, and return what the failure means."""
         self.invalidate_statements()
+        _logger.info(
+            "a prepared statement was out of date, and all are prepared again: %s",
+            type(error).__name__,
+            extra={"event": "todo_db.statements.healed", "reason": type(error).__name__},
+        )
         if not self.has_pooler or not isinstance(error, asyncpg.InvalidSQLStatementNameError):
             return UnavailableError("a prepared statement was out of date", transient=True)
         # The pooler sent it to a server connection that it was not prepared on.
@@ -159,7 +167,9 @@ class Pool:
             transient=True,
         )
 
-    async def acquire(self, since: float | None = None) -> PooledConnection:
+    async def acquire(
+        self, since: float | None = None, call: Call | None = None
+    ) -> PooledConnection:
         """Wait for a connection, first come, first served.
 
         Connecting is tried until `connect_retry_seconds` after `since` are over. Nothing of the
@@ -167,6 +177,7 @@ class Pool:
 
         Args:
             since: When the caller began to wait, by the clock of the loop; now by default.
+            call: What counts the time, if it is observed.
 
         Raises:
             PoolExhaustedError: No connection became free in time.
@@ -199,6 +210,7 @@ class Pool:
             raise
         finally:
             timer.cancel()
+            self._note_wait(loop.time() - now, call)
 
     def release(self, connection: PooledConnection) -> None:
         """Take a connection back, and give it to the first caller in the queue.
@@ -235,7 +247,11 @@ class Pool:
                 async with asyncio.timeout(self._timeout):
                     await self._drained.wait()
         except TimeoutError:
-            _logger.warning("closed while %d connections were in use", len(self._lent))
+            _logger.warning(
+                "closed while %d connections were in use",
+                len(self._lent),
+                extra={"event": "todo_db.pool.closed_in_use", "in_use": len(self._lent)},
+            )
         finally:
             self._open = False
             self._fail_waiters(ConfigurationError("the database was closed"))
@@ -311,6 +327,24 @@ class Pool:
         else:
             waiter.connection.set_exception(self._exhausted(waiter.task in self._holders()))
 
+    def _note_wait(self, seconds: float, call: Call | None) -> None:
+        if call is not None:
+            call.pool_wait_seconds += seconds
+        if seconds > _LONG_WAIT_SECONDS:
+            milliseconds = round(seconds * 1000)
+            in_use, waiting, connecting = map(len, (self._lent, self._waiters, self._connecting))
+            _logger.warning(
+                "waited %d ms for a connection: %d in use, %d connecting, %d callers waiting",
+                *(milliseconds, in_use, connecting, waiting),
+                extra={
+                    "event": "todo_db.pool.waited",
+                    "wait_ms": milliseconds,
+                    "in_use": in_use,
+                    "connecting": connecting,
+                    "waiting": waiting,
+                },
+            )
+
     def _holders(self) -> set[object]:
         return {connection.holder for connection in self._lent}
 
@@ -380,11 +414,33 @@ class Pool:
         else:
             self._discard(connection)
 
-    def _discard(self, connection: PooledConnection) -> None:
+    def _discard(self, connection: PooledConnection, reason: str | None = None) -> None:
+        reason = reason or self._closing_reason(connection)
         connection.terminate()
-        self._total -= 1
+        self._note_closed(reason)
         if self._open:
             self._serve()
+
+    def _closing_reason(self, connection: PooledConnection) -> str:
+        if connection.driver.is_closed():
+            return "lost"
+        if not self._open:
+            return "pool_closed"
+        if connection.generation != self._generation:
+            return "statements_off"
+        return "expired" if connection.is_expired else "surplus"
+
+    def _note_closed(self, reason: str) -> None:
+        self._total -= 1
+        _logger.info(
+            "a connection was closed: %s",
+            reason,
+            extra={
+                "event": "todo_db.connection.closed",
+                "reason": reason,
+                "connections": self._total,
+            },
+        )
 
     def _note_failure(self, failure: TodoDBError) -> None:
         """Take the database to be down, and put the next attempt to connect off, by full jitter."""
@@ -422,6 +478,10 @@ class Pool:
         if connection is None:
             self._total -= 1
         else:
+            _logger.info(
+                "a connection was opened",
+                extra={"event": "todo_db.connection.opened", "connections": self._total},
+            )
             self._note_success()
             self._keep(connection)
         self._serve()
@@ -436,6 +496,11 @@ class Pool:
                 return await self._connect_once()
             except TodoDBError as error:
                 failure = error
+            _logger.warning(
+                "a connection could not be opened: %s",
+                failure,
+                extra={"event": "todo_db.connection.failed", "reason": str(failure)},
+            )
             if isinstance(failure, UnavailableError) and self.retries_connecting:
                 self._failures += 1
                 self._note_failure(failure)
@@ -468,7 +533,7 @@ class Pool:
         finally:
             self._proving -= 1
             for each in lost:
-                self._discard(each)
+                self._discard(each, "ping_failed")
         if not lost:
             self._note_success()
             self._keep(connection)
@@ -478,20 +543,20 @@ class Pool:
         """Make a connection usable again whose statement was cancelled, or close it."""
         try:
             await connection.recover()
-        except Exception as error:  # noqa: BLE001  # whatever it is, the connection is given up
-            _logger.info("a connection did not recover: %s", type(error).__name__)
-            self._discard(connection)
+        except Exception:  # noqa: BLE001  # whatever it is, the connection is given up
+            self._discard(connection, "not_recovered")
         except BaseException:  # pragma: no cover  # the loop ends while it recovers
-            self._discard(connection)
+            self._discard(connection, "not_recovered")
             raise
         else:
             self._note_success()
             self._keep(connection)
 
     async def _close(self, connection: PooledConnection) -> None:
+        reason = self._closing_reason(connection)
         try:
             await connection.close()
         finally:
-            self._total -= 1
+            self._note_closed(reason)
             if self._open:
                 self._serve()

@@ -77,7 +77,7 @@ _HANDLERS: Final = cast("dict[Any, ExceptionHandler]", HANDLERS)
 # What FastAPI gives every application.
 _DEFAULTS: Final = (http_exception_handler, request_validation_exception_handler)
 
-_logger: Final = logging.getLogger("todo_db")
+_logger: Final = logging.getLogger(__name__)
 
 
 def lifespan(
@@ -98,9 +98,16 @@ def lifespan(
         async with Database(chosen) as database:
             authenticator = Authenticator(database, chosen) if is_set(chosen) else None
             if authenticator is None:
-                _logger.info("credentials: the settings name no issuer, so none is accepted")
+                _logger.info(
+                    "credentials: the settings name no issuer, so none is accepted",
+                    extra={"event": "todo_db.credentials.none"},
+                )
             else:
-                _logger.info("credentials: %s", authenticator.trust)
+                _logger.info(
+                    "credentials: %s",
+                    authenticator.trust,
+                    extra={"event": "todo_db.credentials.accepted"},
+                )
                 app.state.todo_trust = authenticator.trust
             yield {
                 "todo_database": database,

@@ -45,7 +45,7 @@ _NOT_SET: Final = (
     " TODO_DB_JWKS_URL and TODO_DB_JWT_ISSUER"
 )
 
-_logger: Final = logging.getLogger("todo_db")
+_logger: Final = logging.getLogger(__name__)
 
 
 class _Scheme(SecurityBase):
@@ -94,7 +94,10 @@ class SignIns:
                 await users.set_email(identity.user_id, email=email)
             except EmailTakenError:
                 # The user keeps the access to their own tasks.
-                _logger.warning("a new e-mail address is another user's, so it was not stored")
+                _logger.warning(
+                    "a new e-mail address is another user's, so it was not stored",
+                    extra={"event": "todo_db.email.taken"},
+                )
         if len(self._emails) >= _MOST_SIGN_INS:
             del self._emails[next(iter(self._emails))]
         self._emails[identity.user_id] = email

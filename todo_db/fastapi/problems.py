@@ -30,7 +30,7 @@ from todo_db.pagination import TaskSort
 
 MEDIA_TYPE: Final = "application/problem+json"
 
-_logger: Final = logging.getLogger("todo_db")
+_logger: Final = logging.getLogger(__name__)
 
 
 class Problem(BaseModel):
@@ -181,7 +181,12 @@ def _error_response(error: Exception) -> JSONResponse:
         case ConflictError() | ForbiddenOriginError() | OutcomeUnknownError():
             return _problem(status, detail=str(error), code=type(error).__name__)
         case _:
-            _logger.error("%s: %s", type(error).__name__, error)
+            _logger.error(
+                "%s: %s",
+                type(error).__name__,
+                error,
+                extra={"event": "todo_db.request.failed", "reason": type(error).__name__},
+            )
             return _problem(status)
 
 

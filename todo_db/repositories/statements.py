@@ -72,12 +72,18 @@ class Statement:
     The owner is an argument, so that every statement names it: one whose SQL does not bind it
     is refused when it is compiled.
 
+    Attributes:
+        name: What logs and traces call it: the repository and the method, such as `tasks.list`.
+
     ```python
     FIRST = Statement(lambda owner: select(func.min(Task.id)).where(Task.user_id == owner))
     ```
     """
 
-    def __init__(self, build: Callable[[ColumnElement[str]], Executable]) -> None:
+    def __init__(
+        self, build: Callable[[ColumnElement[str]], Executable], *, name: str = "statement"
+    ) -> None:
+        self.name: Final = name
         self._build = build
 
     @cached_property

@@ -600,7 +600,7 @@ def _page_statement(
                     page = page.where(tuple_(_TITLE, Task.id) > tuple_(title, _AFTER_ID))
                 return page.order_by(_TITLE, Task.id)
 
-    return Statement(build)
+    return Statement(build, name="tasks.list")
 
 
 @cache
@@ -610,7 +610,8 @@ def _count_statement(completed: bool, search: bool) -> Statement:  # noqa: FBT00
             select(func.count())
             .select_from(Task)
             .where(Task.user_id == owner, *_filter_clauses(completed, search))
-        )
+        ),
+        name="tasks.count",
     )
 
 
@@ -626,7 +627,8 @@ def _update_statement(columns: frozenset[str]) -> Statement:
             .where(Task.user_id == owner, Task.id == _TASK_ID)
             .values(_assignments(columns))
             .returning(*_COLUMNS)
-        )
+        ),
+        name="tasks.update",
     )
 
 
@@ -651,7 +653,7 @@ def _update_if_statement(columns: frozenset[str]) -> Statement:
         )
         return select(changed, true()).union_all(unchanged)
 
-    return Statement(build)
+    return Statement(build, name="tasks.update")
 
 
 def _locked(owner: ColumnElement[str], *which: ColumnElement[bool]) -> CTE:
@@ -697,7 +699,7 @@ def _update_many_statement(columns: frozenset[str]) -> Statement:
         )
         return select(func.count()).select_from(changed)
 
-    return Statement(build)
+    return Statement(build, name="tasks.update_many")
 
 
 def _delete_many(owner: ColumnElement[str]) -> Executable:
@@ -790,7 +792,8 @@ def _create_keyed(owner: ColumnElement[str]) -> Executable:
 
 
 _GET: Final = Statement(
-    lambda owner: select(*_COLUMNS).where(Task.user_id == owner, Task.id == _TASK_ID)
+    lambda owner: select(*_COLUMNS).where(Task.user_id == owner, Task.id == _TASK_ID),
+    name="tasks.get",
 )
 _CREATE: Final = Statement(
     lambda owner: (
@@ -802,23 +805,26 @@ _CREATE: Final = Statement(
             completed=bindparam("completed"),
         )
         .returning(*_COLUMNS)
-    )
+    ),
+    name="tasks.create",
 )
 # The caller has the other columns. The ids are in the order of the tasks.
 _CREATE_MANY: Final = Statement(
-    lambda owner: _create_given(owner).returning(Task.id, Task.created_at)
+    lambda owner: _create_given(owner).returning(Task.id, Task.created_at), name="tasks.create_many"
 )
-_CREATE_KEYED: Final = Statement(_create_keyed)
+_CREATE_KEYED: Final = Statement(_create_keyed, name="tasks.create_keyed")
 _TOGGLE: Final = Statement(
     lambda owner: (
         update(Task)
         .where(Task.user_id == owner, Task.id == _TASK_ID)
         .values(completed=~Task.completed)
         .returning(*_COLUMNS)
-    )
+    ),
+    name="tasks.toggle",
 )
 _DELETE: Final = Statement(
-    lambda owner: delete(Task).where(Task.user_id == owner, Task.id == _TASK_ID).returning(Task.id)
+    lambda owner: delete(Task).where(Task.user_id == owner, Task.id == _TASK_ID).returning(Task.id),
+    name="tasks.delete",
 )
-_DELETE_MANY: Final = Statement(_delete_many)
-_DELETE_COMPLETED: Final = Statement(_delete_completed)
+_DELETE_MANY: Final = Statement(_delete_many, name="tasks.delete_many")
+_DELETE_COMPLETED: Final = Statement(_delete_completed, name="tasks.delete_completed")

@@ -194,7 +194,8 @@ _NEW: Final[dict[str, BindParameter[Any]]] = {
 def _update_statement(columns: frozenset[str]) -> Statement:
     new = {field: parameter for field, parameter in _NEW.items() if field in columns}
     return Statement(
-        lambda owner: update_(User).where(User.id == owner).values(new).returning(*_COLUMNS)
+        lambda owner: update_(User).where(User.id == owner).values(new).returning(*_COLUMNS),
+        name="users.update",
     )
 
 
@@ -220,13 +221,17 @@ _CREATE: Final = Statement(
             username=bindparam("username"),
         )
         .returning(*_COLUMNS)
-    )
+    ),
+    name="users.create",
 )
-_ENSURE: Final = Statement(_ensure)
-_GET: Final = Statement(lambda owner: select(*_COLUMNS).where(User.id == owner))
+_ENSURE: Final = Statement(_ensure, name="users.ensure")
+_GET: Final = Statement(lambda owner: select(*_COLUMNS).where(User.id == owner), name="users.get")
 _SET_EMAIL: Final = Statement(
     lambda owner: (
         update_(User).where(User.id == owner).values(email=bindparam("email")).returning(*_COLUMNS)
-    )
+    ),
+    name="users.set_email",
 )
-_DELETE: Final = Statement(lambda owner: delete(User).where(User.id == owner).returning(User.id))
+_DELETE: Final = Statement(
+    lambda owner: delete(User).where(User.id == owner).returning(User.id), name="users.delete"
+)
