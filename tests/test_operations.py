@@ -502,7 +502,7 @@ class TestGrantColumns:
         before = await app.snapshot()
         tasks = extended.tables["tasks"]
         tasks.append_column(Column("due", Text))
-        tasks.append_column(Column("size", Integer, Computed("length(title)")))
+        tasks.append_column(Column("size", Integer, Computed("length(title)", persisted=True)))
         Index("ix_tasks_due", tasks.c.user_id, tasks.c.due)
         extended.tables["users"].append_column(Column("zone", Text))
         extended.tables["sessions"].append_column(Column("device", Text))
@@ -545,7 +545,7 @@ class TestGrantColumns:
     ) -> None:
         tasks = extended.tables["tasks"]
         tasks.append_column(Column("due", Text))
-        tasks.append_column(Column("size", Integer, Computed("length(title)")))
+        tasks.append_column(Column("size", Integer, Computed("length(title)", persisted=True)))
         await app.migrate(extended)
         await app.execute(plant)
         [difference] = await app.differences(extended)
