@@ -20,7 +20,8 @@ pytestmark = pytest.mark.matrix
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run(["uv", "build", "--quiet", "--wheel", "--out-dir", folder, ROOT], check=True)
+    # The wheel is built from the source distribution.
+    subprocess.run(["uv", "build", "--quiet", "--out-dir", folder, ROOT], check=True)
     (built,) = folder.glob("*.whl")
     return built
 
