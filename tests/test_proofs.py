@@ -484,7 +484,7 @@ class TestAssertIsolated:
             return f"{user_id} {painted.color} {await is_missing(tasks, user_id, painted.task_id)}"
 
         api.post("/painted")(paint)
-        with pytest.raises(AssertionError, match="alice gets 422 .* give ids=, bodies="):
+        with pytest.raises(AssertionError, match=r"alice gets 422 .* give ids=, bodies="):
             await assert_isolated(api)
         with pytest.raises(AssertionError, match="POST /painted: has another body for alice's"):
             await assert_isolated(api, bodies={"POST /painted": {"color": "#ff0000"}})

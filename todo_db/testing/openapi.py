@@ -220,27 +220,26 @@ class Document:
             chosen := [value for value in given if value is not None]
         ):
             return chosen[0]
-        match kind:
-            case "object" if depth < _DEEPEST:
-                members = schema.get("properties", {}).items()
-                return {
-                    key: self._sample(value, ids, content, key, depth + 1) for key, value in members
-                }
-            case "object" | "null":
-                return None
-            case "array":
-                items = schema.get("items", {})
-                number: int = max(schema.get("minItems", 0), depth < _DEEPEST - 1)
-                return [self._sample(items, ids, content, name, depth + 1)] * number
-            case "string" if "contentMediaType" in schema or schema.get("format") == "binary":
-                return content.encode()
-            case "string":
-                return _text(schema, content)
-            case "boolean":
-                return True
-            case _:
-                least = schema.get("minimum", schema.get("exclusiveMinimum", 0) + 1)
-                return min(least, schema.get("maximum", schema.get("exclusiveMaximum", inf) - 1))
+        made: object = None
+        if kind == "object" and depth < _DEEPEST:
+            members = schema.get("properties", {}).items()
+            made = {
+                key: self._sample(value, ids, content, key, depth + 1) for key, value in members
+            }
+        elif kind == "array":
+            items = schema.get("items", {})
+            number: int = max(schema.get("minItems", 0), depth < _DEEPEST - 1)
+            made = [self._sample(items, ids, content, name, depth + 1)] * number
+        elif kind == "string":
+            made = _text(schema, content)
+        elif kind not in {"object", "null"}:
+            made = kind == "boolean" or _number(schema)
+        return made
+
+
+def _number(schema: Schema) -> float:
+    least = schema.get("minimum", schema.get("exclusiveMinimum", 0) + 1)
+    return min(least, schema.get("maximum", schema.get("exclusiveMaximum", inf) - 1))
 
 
 def plain(name: str) -> str:
@@ -266,7 +265,9 @@ def _body(content: Schema) -> tuple[str, Schema]:
     return media, content.get(media, {}).get("schema", {})
 
 
-def _text(schema: Schema, content: str) -> str:
+def _text(schema: Schema, content: str) -> str | bytes:
+    if "contentMediaType" in schema or schema.get("format") == "binary":
+        return content.encode()
     made = {
         "date-time": "2026-01-01T00:00:00Z",
         "date": "2026-01-01",
