@@ -435,3 +435,13 @@ async def files(user_id: CurrentUserId, request: Request) -> str:
     if b'filename="file"' not in body or b'name="count"' not in body:
         raise HTTPException(422)
     return user_id
+
+
+_PLAIN: Final = {"requestBody": {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+
+@sound.post("/plain", openapi_extra=_PLAIN)
+async def plain(user_id: CurrentUserId, request: Request) -> str:
+    if await request.body() != b"plain":
+        raise HTTPException(422)
+    return user_id

@@ -234,6 +234,13 @@ class TestAssertFenced:
         await assert_fenced(database, Account, make=make)
         assert {"alice", "mallory"} == set(made)
 
+    async def test_asks_for_a_row_where_a_check_refuses_the_made_up_one(
+        self, database: Database, owner: Connection
+    ) -> None:
+        await owner.execute("ALTER TABLE money_accounts ADD CONSTRAINT rich CHECK (balance < 0)")
+        with pytest.raises(ConfigurationError, match=r"money_accounts: .*rich.*give make="):
+            await assert_fenced(database, Account)
+
     async def test_leaves_out_a_reference_that_the_caller_leaves_out(
         self, database: Database
     ) -> None:
@@ -442,7 +449,7 @@ class TestAssertIsolated:
 
     async def test_accuses_no_sound_route(self, api: FastAPI) -> None:
         api.include_router(sound)
-        await assert_isolated(api)
+        await assert_isolated(api, bodies={"POST /sound/plain": "plain"})
 
     async def test_names_what_is_not_in_the_document(self, api: FastAPI) -> None:
         async def live(socket: WebSocket) -> None:

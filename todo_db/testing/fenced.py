@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from functools import partial
@@ -29,7 +28,7 @@ from sqlalchemy.orm import DeclarativeBase
 
 from todo_db.database import Database
 from todo_db.doctor import examine
-from todo_db.errors import ConfigurationError, TodoDBError
+from todo_db.errors import ConfigurationError, InvalidInputError, TodoDBError
 from todo_db.fence import OWNER, fence_of, kind_of
 from todo_db.models import User
 from todo_db.transaction import Transaction
@@ -75,6 +74,7 @@ async def assert_fenced(
     rows that they refer to. As mallory it reads, locks, changes and deletes alice's row, stores a
     row for alice, gives one to alice, takes each of alice's values for a row of its own, and refers
     to what is alice's. Each attempt must end like the same attempt on a row that does not exist.
+    Views and functions that read the table are left to `todo-db doctor`.
 
     Args:
         database: A database with the migrations of the application. It is changed.
@@ -139,11 +139,16 @@ class _Proof:
 
     async def _store(self, user: str, *, keep: bool = True) -> Row:
         stored: Row = {}
-        with suppress(_Undo):
+        try:
             async with self._database.transaction(user) as tx:
                 stored = await _store(tx, self._table, await self._make(tx))
                 if not keep:
                     raise _Undo
+        except _Undo:
+            pass
+        except InvalidInputError as refused:
+            problem = f"{self._table.fullname}: no row can be stored: {refused}; give make="
+            raise ConfigurationError(problem) from refused
         return stored
 
     async def _try(self, attack: _Attack) -> None:
