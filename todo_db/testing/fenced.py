@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from functools import partial
@@ -139,16 +140,11 @@ class _Proof:
 
     async def _store(self, user: str, *, keep: bool = True) -> Row:
         stored: Row = {}
-        try:
+        with suppress(_Undo):
             async with self._database.transaction(user) as tx:
                 stored = await _store(tx, self._table, await self._make(tx))
                 if not keep:
                     raise _Undo
-        except _Undo:
-            pass
-        except InvalidInputError as refused:
-            problem = f"{self._table.fullname}: no row can be stored: {refused}; give make="
-            raise ConfigurationError(problem) from refused
         return stored
 
     async def _try(self, attack: _Attack) -> None:
@@ -267,7 +263,11 @@ class _Proof:
 
 async def _store(tx: Transaction, table: Table, values: Row) -> Row:
     statement = insert(table).values({**values, OWNER: tx.user_id}).returning(*table.c)
-    return dict((await tx.execute(statement)).mappings().one())
+    try:
+        return dict((await tx.execute(statement)).mappings().one())
+    except InvalidInputError as refused:
+        problem = f"{table.fullname}: no row can be stored: {refused}; give make="
+        raise ConfigurationError(problem) from refused
 
 
 async def _sample(table: Table, tx: Transaction) -> Row:

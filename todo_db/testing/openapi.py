@@ -100,13 +100,14 @@ class Document:
                 query[name] = value
             elif place == "header":
                 headers[name] = str(value)
-        body = self._sample(operation.body, ids, content, "ids") if operation.body else None
+        body: object = self._sample(operation.body, ids, content, "ids") if operation.body else None
         given = self._bodies.get(operation.name)
         if isinstance(body, dict) and isinstance(given, dict):
-            body = {**cast("Schema", body), **cast("Schema", given)}
-        elif given is not None:
-            body = given
-        return Request(operation.method, path, query, headers, body, operation.media)
+            given = {**cast("Schema", body), **cast("Schema", given)}
+        sent = body if given is None else given
+        return Request(
+            operation.method, path, query, headers, cast("object", sent), operation.media
+        )
 
     def extras(
         self, operation: Operation, ids: Collection[str], words: Collection[str]
@@ -239,7 +240,8 @@ class Document:
 
 def _number(schema: Schema) -> float:
     least = schema.get("minimum", schema.get("exclusiveMinimum", 0) + 1)
-    return min(least, schema.get("maximum", schema.get("exclusiveMaximum", inf) - 1))
+    most = schema.get("maximum", schema.get("exclusiveMaximum", inf) - 1)
+    return cast("float", min(least, most))
 
 
 def plain(name: str) -> str:
