@@ -102,12 +102,12 @@ class Document:
                 headers[name] = str(value)
         body: object = self._sample(operation.body, ids, content, "ids") if operation.body else None
         given = self._bodies.get(operation.name)
-        if isinstance(body, dict) and isinstance(given, dict):
-            given = {**cast("Schema", body), **cast("Schema", given)}
-        sent = body if given is None else given
-        return Request(
-            operation.method, path, query, headers, cast("object", sent), operation.media
-        )
+        is_merged = isinstance(body, dict) and isinstance(given, dict)
+        if is_merged:
+            body = {**cast("Schema", body), **cast("Schema", given)}
+        elif given is not None:
+            body = given
+        return Request(operation.method, path, query, headers, body, operation.media)
 
     def extras(
         self, operation: Operation, ids: Collection[str], words: Collection[str]
