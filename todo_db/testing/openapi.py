@@ -102,8 +102,7 @@ class Document:
                 headers[name] = str(value)
         body: object = self._sample(operation.body, ids, content, "ids") if operation.body else None
         given = self._bodies.get(operation.name)
-        is_merged = isinstance(body, dict) and isinstance(given, dict)
-        if is_merged:
+        if {type(body), type(given)} == {dict}:
             body = {**cast("Schema", body), **cast("Schema", given)}
         elif given is not None:
             body = given
