@@ -1,14 +1,18 @@
 """The proofs of `todo_db.testing` hold for what is sound, and name each planted mistake."""
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from secrets import token_hex
+from collections.abc import AsyncIterator, Awaitable, Callable
+from secrets import token_hex, token_urlsafe
 from typing import Annotated, Any, Final
 from uuid import UUID
 
 import pytest
 from driver import Connection
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, WebSocket
+from fastapi.responses import StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from leaks import leaking, sound
 from pydantic import BaseModel, Field
 from sqlalchemy import (
     BigInteger,
@@ -230,6 +234,13 @@ class TestAssertFenced:
         await assert_fenced(database, Account, make=make)
         assert {"alice", "mallory"} == set(made)
 
+    async def test_asks_for_a_row_where_a_check_refuses_the_made_up_one(
+        self, database: Database, owner: Connection
+    ) -> None:
+        await owner.execute("ALTER TABLE money_accounts ADD CONSTRAINT rich CHECK (balance < 0)")
+        with pytest.raises(ConfigurationError, match=r"money_accounts: .*rich.*give make="):
+            await assert_fenced(database, Account)
+
     async def test_leaves_out_a_reference_that_the_caller_leaves_out(
         self, database: Database
     ) -> None:
@@ -423,6 +434,68 @@ class TestAssertIsolated:
         with pytest.raises(AssertionError, match=r"^GET /all: shows mallory"):
             await assert_isolated(app)
 
+    async def test_names_each_route_that_leaks(self, api: FastAPI) -> None:
+        api.include_router(leaking)
+        with pytest.raises(AssertionError) as caught:
+            await assert_isolated(api)
+        lines = str(caught.value).splitlines()
+        assert {line.partition(": ")[0] for line in lines} == {
+            operation.name
+            for operation in Document(api.openapi(), {}).operations
+            if operation.path.startswith("/leaking/") and operation.name != "POST /leaking/tasks"
+        }
+        assert "not reached" not in str(caught.value)
+        assert len(lines) == len(set(lines))
+
+    async def test_accuses_no_sound_route(self, api: FastAPI) -> None:
+        api.include_router(sound)
+        await assert_isolated(api, bodies={"POST /sound/plain": "plain"})
+
+    async def test_names_what_is_not_in_the_document(self, api: FastAPI) -> None:
+        async def live(socket: WebSocket) -> None:
+            await socket.close()
+
+        api.get("/hidden", include_in_schema=False)(lists_all)
+        api.websocket("/live")(live)
+        api.mount("/admin", FastAPI())
+        api.mount("/static", StaticFiles(directory="."))
+        with pytest.raises(AssertionError) as caught:
+            await assert_isolated(api)
+        hidden = ["GET /hidden", "MOUNT /admin", "WEBSOCKET /live"]
+        lines = str(caught.value).splitlines()
+        assert [line.partition(": not reached: it is not in")[0] for line in lines] == hidden
+        await assert_isolated(api, skip=hidden)
+
+    async def test_does_not_wait_for_an_answer_without_an_end(
+        self, api: FastAPI, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def events() -> StreamingResponse:
+            async def ticks() -> AsyncIterator[str]:
+                while True:
+                    yield "data: 1\n\n"
+                    await asyncio.sleep(1)
+
+            return StreamingResponse(ticks(), media_type="text/event-stream")
+
+        monkeypatch.setattr("todo_db.testing.client._PATIENCE", 0.5)
+        api.get("/events")(events)
+        with pytest.raises(AssertionError, match=r"^GET /events: not reached: .* name it in skip="):
+            await assert_isolated(api)
+
+    async def test_member_of_a_given_body_replaces_one_that_is_made_up(self, api: FastAPI) -> None:
+        class Painted(BaseModel):
+            color: Annotated[str, Field(pattern="^#[0-9a-f]{6}$")]
+            task_id: int
+
+        async def paint(tasks: Tasks, user_id: CurrentUserId, painted: Painted) -> str:
+            return f"{user_id} {painted.color} {await is_missing(tasks, user_id, painted.task_id)}"
+
+        api.post("/painted")(paint)
+        with pytest.raises(AssertionError, match=r"alice gets 422 .* give ids=, bodies="):
+            await assert_isolated(api)
+        with pytest.raises(AssertionError, match="POST /painted: has another body for alice's"):
+            await assert_isolated(api, bodies={"POST /painted": {"color": "#ff0000"}})
+
     async def test_allows_an_answer_that_changes_by_itself(self, api: FastAPI) -> None:
         api.get("/time")(has_the_time)
         await assert_isolated(api)
@@ -451,7 +524,7 @@ class TestAssertIsolated:
         async def only_for_alice(user_id: CurrentUserId, task_id: int) -> str:
             if user_id == "alice":
                 return "yours"
-            raise HTTPException(404, f"{task_id} at {token_hex()}")
+            raise HTTPException(404, f"{task_id}: {token_urlsafe()}")
 
         api.get("/tasks/{task_id}")(only_for_alice)
         with pytest.raises(AssertionError, match="differently to two values of task_id"):
@@ -523,7 +596,7 @@ class TestDocument:
         )
         request = document.request(document.operations[0], {"task_id": 7}, "mark")
         assert (request.method, request.path) == ("put", "/tasks/7")
-        assert (request.query, request.headers) == ({"wanted": "True"}, {"x-mode": "mark"})
+        assert (request.query, request.headers) == ({"wanted": True}, {"x-mode": "mark"})
         assert request.body == {
             "kind": "note",
             "size": 3,
@@ -534,7 +607,7 @@ class TestDocument:
             "done": True,
             "nothing": None,
             "day": "2026-01-01",
-            "short": "mar",
+            "short": "ark",
             "long": "markxxxx",
         }
 

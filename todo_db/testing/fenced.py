@@ -29,7 +29,7 @@ from sqlalchemy.orm import DeclarativeBase
 
 from todo_db.database import Database
 from todo_db.doctor import examine
-from todo_db.errors import ConfigurationError, TodoDBError
+from todo_db.errors import ConfigurationError, InvalidInputError, TodoDBError
 from todo_db.fence import OWNER, fence_of, kind_of
 from todo_db.models import User
 from todo_db.transaction import Transaction
@@ -75,6 +75,7 @@ async def assert_fenced(
     rows that they refer to. As mallory it reads, locks, changes and deletes alice's row, stores a
     row for alice, gives one to alice, takes each of alice's values for a row of its own, and refers
     to what is alice's. Each attempt must end like the same attempt on a row that does not exist.
+    Views and functions that read the table are left to `todo-db doctor`.
 
     ```python
     await assert_fenced(db, Task)
@@ -266,7 +267,11 @@ class _Proof:
 
 async def _store(tx: Transaction, table: Table, values: Row) -> Row:
     statement = insert(table).values({**values, OWNER: tx.user_id}).returning(*table.c)
-    return dict((await tx.execute(statement)).mappings().one())
+    try:
+        return dict((await tx.execute(statement)).mappings().one())
+    except InvalidInputError as refused:
+        problem = f"{table.fullname}: no row can be stored: {refused}; give make="
+        raise ConfigurationError(problem) from refused
 
 
 async def _sample(table: Table, tx: Transaction) -> Row:
