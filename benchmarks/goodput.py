@@ -19,7 +19,7 @@ import asyncpg
 from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
 from todo_db.migrations import upgrade
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from deadlines import Call, asyncpg_pool, slow_down, storm, todo_db
 from pgbouncer import PASSWORD, TRIXIE, PgBouncer
 

@@ -21,7 +21,7 @@ from todo_db.embedded import LOGIN, EmbeddedPostgres
 from todo_db.migrations import upgrade
 from todo_db.models import Task
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from pgbouncer import PASSWORD, TRIXIE, PgBouncer
 from proxy import Proxy
 

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 import asyncpg
 import pytest
 import pytest_asyncio
+from cluster import SINGLE
 from driver import Connection
 from pgbouncer import BOOKWORM, PASSWORD, TRIXIE, PgBouncer
 from proxy import Proxy
@@ -20,8 +21,6 @@ pytest_plugins = ["todo_db.testing"]
 
 # Without a cache, each program that a test starts would compile its imports again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-
-SINGLE = "single_login"
 
 
 @pytest.fixture(params=[LOGIN, OWNER])

@@ -1,7 +1,7 @@
 """What the migrations made, as lines of text: Alembic does not compare policies, grants, triggers.
 
 `catalogue.sql` reads the lines of a live database; `catalogue.txt` has those of a database that was
-just migrated. `tests/catalogue.py` writes the latter, and a test compares it.
+just migrated. `tests/helpers/catalogue.py` writes the latter, and a test compares it.
 """
 
 import re

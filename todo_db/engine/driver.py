@@ -1,7 +1,7 @@
 """asyncpg's connection and SQLAlchemy's dialect, changed in the few places where todo_db must.
 
 Every private name of the two libraries that this package overrides or reads stands in this file,
-with the reason; `tests/test_driver.py` fails when a new version of either no longer has it.
+with the reason; `test_driver.py` fails when a new version of either no longer has it.
 """
 
 import asyncio

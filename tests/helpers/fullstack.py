@@ -25,7 +25,7 @@ from playwright.async_api import (
     expect,
 )
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).parents[2]
 EXAMPLE: Final = ROOT / "examples" / "fullstack"
 START: Final = EXAMPLE / "start.py"
 SCREENSHOTS: Final = os.environ.get("TODO_SCREENSHOTS")

@@ -1,15 +1,14 @@
 """The round trips of each call, counted at the socket."""
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from inspect import getmembers, isfunction
-from itertools import count
-from typing import Any, Final
+from typing import Any
 
 import pytest
 import pytest_asyncio
 from driver import Connection
+from every_method import CALLS, Call, People, iterated, second_page
 from proxy import Proxy
 from sqlalchemy import func, select
 
@@ -24,84 +23,6 @@ from todo_db import (
 )
 from todo_db.embedded import LOGIN, OWNER
 from todo_db.models import Task
-
-type Call = Callable[[Database | Transaction, str, Sequence[int]], Awaitable[object]]
-
-LONG_AGO: Final = datetime(2020, 1, 1, tzinfo=UTC)
-
-
-async def _second_page(to: Database | Transaction, user: str, sort: TaskSort) -> object:
-    page = await to.tasks.list(user, sort=sort, limit=1)
-    return await to.tasks.list(user, sort=sort, limit=1, cursor=page.next_cursor)
-
-
-async def _iterated(to: Database | Transaction, user: str) -> list[object]:
-    return [task async for task in to.tasks.iterate(user)]
-
-
-# Every public method, in each of its shapes. A user's three tasks are `ids`.
-CALLS: Final[dict[str, tuple[Call, ...]]] = {
-    "tasks.count": (
-        lambda to, user, _ids: to.tasks.count(user),
-        lambda to, user, _ids: to.tasks.count(user, completed=True, search="milk"),
-    ),
-    "tasks.create": (
-        lambda to, user, _ids: to.tasks.create(user, "Buy milk"),
-        lambda to, user, _ids: to.tasks.create(user, "Buy", description="Milk", completed=True),
-    ),
-    "tasks.create_many": (
-        lambda to, user, _ids: to.tasks.create_many(user, [NewTask("Buy milk")] * 100),
-    ),
-    "tasks.create with a key": (
-        lambda to, user, _ids: to.tasks.create(user, "Buy milk", idempotency_key="key"),
-    ),
-    "tasks.create_many with a key": (
-        lambda to, user, _ids: to.tasks.create_many(
-            user, [NewTask("Buy milk")] * 100, idempotency_key="key"
-        ),
-    ),
-    "tasks.delete": (lambda to, user, ids: to.tasks.delete(user, ids[0]),),
-    "tasks.delete_completed": (lambda to, user, _ids: to.tasks.delete_completed(user),),
-    "tasks.delete_many": (
-        lambda to, user, ids: to.tasks.delete_many(user, ids),
-        lambda to, user, ids: to.tasks.delete_many(user, [*ids, *range(10_000, 10_097)]),
-    ),
-    "tasks.get": (lambda to, user, ids: to.tasks.get(user, ids[0]),),
-    "tasks.iterate": (lambda to, user, _ids: _iterated(to, user),),
-    "tasks.list": (
-        *(lambda to, user, _ids, sort=sort: to.tasks.list(user, sort=sort) for sort in TaskSort),
-        lambda to, user, _ids: to.tasks.list(user, completed=False, search="%", limit=1),
-    ),
-    "tasks.toggle": (lambda to, user, ids: to.tasks.toggle(user, ids[0]),),
-    "tasks.update": (
-        lambda to, user, ids: to.tasks.update(user, ids[0], title="Buy bread"),
-        lambda to, user, ids: to.tasks.update(user, ids[0], description=None, completed=True),
-        lambda to, user, ids: to.tasks.update(user, ids[0]),
-        lambda to, user, ids: to.tasks.update(
-            user, ids[0], expected_updated_at=LONG_AGO, completed=True
-        ),
-    ),
-    "tasks.update_many": (
-        lambda to, user, ids: to.tasks.update_many(
-            user, [*ids, *range(10_000, 10_097)], completed=True
-        ),
-    ),
-    "users.create": (
-        lambda to, user, _ids: to.users.create(user, email=f"{user}@example.org", name=user),
-    ),
-    "users.delete": (lambda to, user, _ids: to.users.delete(user),),
-    "users.set_email": (
-        lambda to, user, _ids: to.users.set_email(user, email=f"{user}@example.net"),
-    ),
-    "users.get": (lambda to, user, _ids: to.users.get(user),),
-    "users.ensure": (
-        lambda to, user, _ids: to.users.ensure(user, email=f"{user}@example.org", name=user),
-    ),
-    "users.update": (
-        lambda to, user, _ids: to.users.update(user, name="New", username=None),
-        lambda to, user, _ids: to.users.update(user),
-    ),
-}
 
 
 def _public(repository: type) -> set[str]:
@@ -121,29 +42,6 @@ async def one_connection(proxy: Proxy) -> AsyncGenerator[Database]:
         proxy.url, pool_size=1, max_overflow=0, retry_attempts=1
     ) as database:
         yield database
-
-
-class People:
-    """Creates users as the owner, one for each call to count."""
-
-    def __init__(self, owner: Connection) -> None:
-        self._owner = owner
-        self._numbers = count(1)
-
-    async def present(self) -> tuple[str, Sequence[int]]:
-        user, _ = self.absent()
-        await self._owner.execute(
-            "INSERT INTO users (id, email) VALUES ($1, $2)", user, f"{user}@example.org"
-        )
-        rows = await self._owner.fetch(
-            "INSERT INTO tasks (user_id, title) SELECT $1, 'Buy milk' FROM generate_series(1, 3)"
-            " RETURNING id",
-            user,
-        )
-        return user, [row["id"] for row in rows]
-
-    def absent(self) -> tuple[str, Sequence[int]]:
-        return f"user-{next(self._numbers)}", [999_999]
 
 
 @pytest.fixture
@@ -218,16 +116,16 @@ class TestCalls:
     ) -> None:
         user, _ = await people.present()
         for sort in TaskSort:
-            await _second_page(one_connection, user, sort)
-            assert await proxy.turns(_second_page(one_connection, user, sort)) == 3 + 3
+            await second_page(one_connection, user, sort)
+            assert await proxy.turns(second_page(one_connection, user, sort)) == 3 + 3
 
     async def test_iterate_costs_three_for_every_five_hundred_tasks(
         self, one_connection: Database, proxy: Proxy, people: People
     ) -> None:
         user, _ = await people.present()
         await one_connection.tasks.create_many(user, [NewTask("Buy milk")] * 500)
-        assert len(await _iterated(one_connection, user)) == 503
-        assert await proxy.turns(_iterated(one_connection, user)) == 3 + 3
+        assert len(await iterated(one_connection, user)) == 503
+        assert await proxy.turns(iterated(one_connection, user)) == 3 + 3
 
     async def test_refused_input_costs_nothing(
         self, one_connection: Database, proxy: Proxy

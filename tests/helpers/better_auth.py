@@ -16,9 +16,9 @@ import httpx
 from driver import Connection
 
 PASSWORD: Final = "correct horse battery"  # noqa: S105  # of accounts that these tests make
-_ROOT: Final = Path(__file__).parents[1]
+_ROOT: Final = Path(__file__).parents[2]
 _EXAMPLE: Final = _ROOT / "examples" / "fullstack"
-_SCRIPTS: Final = _ROOT / "tests" / "node"
+_SCRIPTS: Final = Path(__file__).parent / "node"
 _PACKAGES: Final[dict[str, str]] = json.loads((_EXAMPLE / "package.json").read_text())[
     "dependencies"
 ]

@@ -13,9 +13,9 @@ import attacks
 import keys
 import pytest
 import pytest_asyncio
-import test_search_path
+import shadow
 from attacks import Victim
-from conftest import SINGLE
+from cluster import SINGLE
 from driver import Connection
 from shapes import SHAPES, without_owner
 
@@ -305,7 +305,7 @@ async def free_operators(single: Database, superuser: Connection) -> None:
 
 async def hostile_path(single: Database, superuser: Connection) -> None:
     """Let the names of the tables alone mean copies of them."""
-    await test_search_path.plant(superuser)
+    await shadow.plant(superuser)
     await single.close()
     await single.open()
 

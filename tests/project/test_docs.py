@@ -22,7 +22,7 @@ from todo_db.embedded import LOGIN, EmbeddedPostgres
 from todo_db.gate import NEXT as LISTED
 from todo_db.gate import Event, State
 
-ROOT: Final = Path(__file__).resolve().parent.parent
+ROOT: Final = Path(__file__).resolve().parents[2]
 PAGES: Final = [
     ROOT / "README.md",
     ROOT / "AGENTS.md",

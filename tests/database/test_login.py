@@ -17,7 +17,7 @@ import pytest_asyncio
 from cluster import Cluster
 from driver import Connection
 from sqlalchemy import URL, make_url
-from test_secrets import texts_of
+from texts import texts_of
 from typer.testing import CliRunner, Result
 
 from todo_db import ConfigurationError, Database, Settings, TodoDBError, UnavailableError

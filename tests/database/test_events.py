@@ -28,7 +28,7 @@ from todo_db import (
 )
 from todo_db.embedded import LOGIN
 
-ROOT: Final = Path(__file__).resolve().parent.parent
+ROOT: Final = Path(__file__).resolve().parents[2]
 MARKER: Final = "hunter2"
 
 
@@ -83,7 +83,7 @@ class TestReference:
         assert set(given) == set(re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE))
 
     def test_every_event_has_a_test(self) -> None:
-        tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+        tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
         missing = {event.name for event in of_the_code() if f'"{event.name}"' not in tests}
         assert missing == set()
 

@@ -13,7 +13,7 @@ import pytest
 
 from todo_db.models import REVISION
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.matrix
 
 

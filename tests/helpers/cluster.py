@@ -16,6 +16,7 @@ from driver import Connection
 from todo_db.embedded import EmbeddedPostgres, folder_in_memory
 
 OWNER = "todo_owner"
+SINGLE = "single_login"
 
 
 class Cluster:

@@ -1,6 +1,7 @@
 """Reads the lines of the doctor's catalogue from a live database.
 
-`uv run python tests/catalogue.py` writes those of a fresh one, after a change of the migrations.
+After a change of the migrations, `uv run python tests/helpers/catalogue.py` writes those of a fresh
+one.
 """
 
 import asyncio

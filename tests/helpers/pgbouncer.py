@@ -19,7 +19,7 @@ BOOKWORM: Final = "bookworm"
 """Has PgBouncer 1.18, which forgets prepared statements."""
 _CONSOLE: Final = "console"
 _SOCKET: Final = ".s.PGSQL.5432"
-_ROOT: Final = Path(__file__).parents[1]
+_ROOT: Final = Path(__file__).parents[2]
 
 
 def fetched(suite: str) -> Path:

@@ -35,7 +35,7 @@ from todo_db.migrations import alembic_config, alembic_file, downgrade, script_d
 from todo_db.models import REVISION, Base
 from todo_db.settings import Settings
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = sorted(script_directory().glob("versions/*.py"))
 OF_THE_OWNERS_LOGIN = {("durability-weakened", "fsync"), ("login-bypasses", OWNER)}
 # Alembic creates this table at its first run, and never drops it.

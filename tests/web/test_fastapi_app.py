@@ -25,7 +25,7 @@ from todo_db.embedded import LOGIN, EmbeddedPostgres
 
 type Json = dict[str, Any]
 
-_EXAMPLE: Final = Path(__file__).parents[1] / "examples" / "fastapi_app.py"
+_EXAMPLE: Final = Path(__file__).parents[2] / "examples" / "fastapi_app.py"
 
 
 def _loaded() -> FastAPI:

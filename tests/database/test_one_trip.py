@@ -11,11 +11,11 @@ import asyncpg
 import pytest
 import pytest_asyncio
 from driver import Connection
+from every_method import CALLS, People
 from locks import until_waiting
 from pgbouncer import BOOKWORM, TRIXIE, PgBouncer
 from proxy import Proxy
 from sqlalchemy import bindparam, insert, text
-from test_round_trips import CALLS, People
 
 from todo_db import (
     CallTimeoutError,

@@ -12,10 +12,10 @@ import attacks
 import pytest
 import pytest_asyncio
 from driver import Connection
+from every_method import CALLS, People
 from pgbouncer import BOOKWORM, PASSWORD, TRIXIE, PgBouncer
 from proxy import COMMIT, Fault, Proxy
 from sqlalchemy import text
-from test_round_trips import CALLS, People
 
 from todo_db import (
     ConfigurationError,

@@ -464,7 +464,7 @@ class TestKeysThatCannotBeHonoured:
             assert remedy in message.partition(": ")[2]
 
     def test_every_key_is_documented(self) -> None:
-        page = Path(__file__).parent.parent / "docs" / "reference" / "database-url.md"
+        page = Path(__file__).parents[2] / "docs" / "reference" / "database-url.md"
         documented = set(re.findall(r"`(\w+)`", page.read_text()))
         assert {*parameters._READ, *parameters._FIXED, *parameters._REFUSED} <= documented
 
