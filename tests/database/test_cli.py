@@ -326,7 +326,7 @@ class TestDoctor:
         assert re.findall(r"^ *([a-z]+-[a-z]+)  ", result.stdout, re.MULTILINE) == found
         for name in ("fsync", "full_page_writes", "synchronous_commit", OWNER):
             assert name in result.stdout
-        assert "CREATE ROLE todo_login LOGIN" in " ".join(result.stdout.split())
+        assert "todo-db login todo_login" in " ".join(result.stdout.split())
         assert set_url not in result.output
 
     @pytest.mark.usefixtures("set_url")
