@@ -349,10 +349,13 @@ class Pool:
         return {connection.holder for connection in self._lent}
 
     def _raise_if_deadlocked(self, waiter: _Waiter) -> None:
-        """Raise if every connection is held by a task that waits for another one."""
-        if len(self._lent) == self._size and self._holders() <= {
-            waiter.task for waiter in self._waiters
-        }:
+        """Raise if every connection is held by a task that waits for another one.
+
+        The last of them to wait is the one that finds out.
+        """
+        if len(self._lent) < self._size or waiter.task not in (holders := self._holders()):
+            return
+        if holders <= {waiter.task for waiter in self._waiters}:
             self._waiters.remove(waiter)
             raise self._exhausted(True)  # noqa: FBT003
 
