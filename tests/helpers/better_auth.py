@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import httpx
+from cache import ROOT, locked
 from driver import Connection
 
 PASSWORD: Final = "correct horse battery"  # noqa: S105  # of accounts that these tests make
-_ROOT: Final = Path(__file__).parents[2]
-_EXAMPLE: Final = _ROOT / "examples" / "fullstack"
+_EXAMPLE: Final = ROOT / "examples" / "fullstack"
 _SCRIPTS: Final = Path(__file__).parent / "node"
 _PACKAGES: Final[dict[str, str]] = json.loads((_EXAMPLE / "package.json").read_text())[
     "dependencies"
@@ -29,26 +29,35 @@ OLDEST: Final = "1.3.0"
 
 def installed(version: str) -> Path:
     """Return a folder with a version and the example's server, installing it on first use."""
-    folder = _ROOT / ".cache" / f"better-auth-{version}"
     packages = _PACKAGES | {"better-auth": version}
     wanted = json.dumps({"private": True, "type": "module", "dependencies": packages})
-    complete = folder / "complete"
-    if not complete.exists() or complete.read_text() != wanted:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "package.json").write_text(wanted)
-        subprocess.run(
-            ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"],
-            check=True,
-            cwd=folder,
-        )
-        complete.write_text(wanted)
-    for script in (*_EXAMPLE.glob("*.mjs"), *_SCRIPTS.glob("*.mjs")):
-        shutil.copy(script, folder)
-    shutil.copytree(_EXAMPLE / "public", folder / "public", dirs_exist_ok=True)
-    if version != NEWEST:
-        (folder / "auth.mjs").rename(folder / "auth-of-new.mjs")
-        (folder / "auth-of-old.mjs").rename(folder / "auth.mjs")
+    with locked(f"better-auth-{version}") as folder:
+        complete = folder / "complete"
+        if not complete.exists() or complete.read_text() != wanted:
+            (folder / "package.json").write_text(wanted)
+            subprocess.run(
+                ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"],
+                check=True,
+                cwd=folder,
+            )
+            complete.write_text(wanted)
+        for name, source in _files(version).items():
+            target = folder / name
+            # A server of another process may be reading it.
+            if not target.exists() or target.read_bytes() != source.read_bytes():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, target)
     return folder
+
+
+def _files(version: str) -> dict[str, Path]:
+    """Return the files of the example's server by their names, and what the old version needs."""
+    files = {file.name: file for file in (*_EXAMPLE.glob("*.mjs"), *_SCRIPTS.glob("*.mjs"))}
+    pages = (_EXAMPLE / "public").rglob("*")
+    files |= {str(file.relative_to(_EXAMPLE)): file for file in pages if file.is_file()}
+    if version != NEWEST:
+        files |= {"auth-of-new.mjs": files["auth.mjs"], "auth.mjs": files["auth-of-old.mjs"]}
+    return files
 
 
 def free_port() -> int:

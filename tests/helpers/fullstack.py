@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import httpx
 from better_auth import PASSWORD
+from cache import ROOT
 from playwright.async_api import (
     Browser,
     BrowserContext,
@@ -25,7 +26,6 @@ from playwright.async_api import (
     expect,
 )
 
-ROOT: Final = Path(__file__).parents[2]
 EXAMPLE: Final = ROOT / "examples" / "fullstack"
 START: Final = EXAMPLE / "start.py"
 SCREENSHOTS: Final = os.environ.get("TODO_SCREENSHOTS")

@@ -9,6 +9,7 @@ from tempfile import mkdtemp
 from typing import Final, Self
 
 import asyncpg
+from cache import ROOT, locked
 from driver import Connection
 from sqlalchemy import make_url
 
@@ -19,13 +20,12 @@ BOOKWORM: Final = "bookworm"
 """Has PgBouncer 1.18, which forgets prepared statements."""
 _CONSOLE: Final = "console"
 _SOCKET: Final = ".s.PGSQL.5432"
-_ROOT: Final = Path(__file__).parents[2]
 
 
 def fetched(suite: str) -> Path:
     """Return the folder with PgBouncer of a Debian release; unpack it on first use."""
-    folder = _ROOT / ".cache" / f"pgbouncer-{suite}"
-    subprocess.run([_ROOT / ".ci" / "fetch-debian", suite, "pgbouncer", folder], check=True)
+    with locked(f"pgbouncer-{suite}") as folder:
+        subprocess.run([ROOT / ".ci" / "fetch-debian", suite, "pgbouncer", folder], check=True)
     return folder
 
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import pytest_asyncio
 from better_auth import PASSWORD, ask, free_port, tables_that_name
+from cache import ROOT
 from driver import Connection
 from fullstack import EXAMPLE, ROOT, Person, chromium_browser, started, visitor
 from playwright.async_api import Browser, Route, expect

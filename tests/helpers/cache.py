@@ -1,0 +1,19 @@
+"""The folder `.cache`, into which the tests put programs that they install once."""
+
+import fcntl
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[2]
+
+
+@contextmanager
+def locked(name: str) -> Generator[Path]:
+    """Yield a folder of this name, while no other process fills it."""
+    folder = ROOT / ".cache" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield folder
