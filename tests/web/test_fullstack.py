@@ -16,7 +16,7 @@ import pytest_asyncio
 from better_auth import PASSWORD, ask, free_port, tables_that_name
 from cache import ROOT
 from driver import Connection
-from fullstack import EXAMPLE, ROOT, Person, chromium_browser, started, visitor
+from fullstack import EXAMPLE, Person, chromium_browser, started, visitor
 from playwright.async_api import Browser, Route, expect
 
 from todo_db.embedded import EmbeddedPostgres
