@@ -71,8 +71,7 @@ def options(
 ) -> None:
     """The data layer of a multi-user todo application.
 
-    Commands read DATABASE_URL from the environment or from .env. Without it they use an embedded
-    PostgreSQL in .todo-db/.
+    Without DATABASE_URL, in the environment or .env, commands use a PostgreSQL in .todo-db/.
     """
 
 
@@ -211,10 +210,10 @@ def login(
         return await create_login(owners, Settings(), name, role=role, new_password=new_password)
 
     with _report_errors(), database_url(_messages, direct=True) as owners:
-        created = asyncio.run(run(owners))
         # The application goes through the pooler, if there is one.
         pooled = Settings().database_url
         parsed = parse_url(pooled.get_secret_value() if pooled else owners).libpq_url()
+        created = asyncio.run(run(owners))
     if created is None:
         _messages.print(f"{name} exists and keeps its password; its settings are up to date.")
         return
