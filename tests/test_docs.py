@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import logging
 import os
 import re
 import runpy
@@ -128,6 +129,8 @@ class TestPython:
                 done = eval(compiled(source, page), names)  # noqa: S307
                 if inspect.isawaitable(done):
                     await done
+        # A page turns the log on.
+        logging.getLogger("todo_db").setLevel(logging.NOTSET)
         for name, value in names.items():
             if name == "test_with_anyio":
                 await value(url)
