@@ -15,6 +15,7 @@ async def main() -> None:
             await db.tasks.get("bob", task.id)
         except TaskNotFoundError as error:
             print(error)  # the same error as for a task that does not exist
+        await db.users.delete("alice")  # and her tasks with her
 
 
 asyncio.run(main())

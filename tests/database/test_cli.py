@@ -182,6 +182,12 @@ class TestAlembic:
         source = (copy / "versions/mine_by_id.py").read_text()
         assert f"\ndown_revision: str | None = '{number}'\n" in source
 
+    @pytest.mark.usefixtures("set_url")
+    def test_unknown_revision_is_one_line(self) -> None:
+        result = run("alembic", "upgrade", "nope")
+        assert result.exit_code == 1
+        assert result.output == "Can't locate revision identified by 'nope'\n"
+
     def test_without_a_command_shows_its_help(self) -> None:
         result = run("alembic")
         assert result.exit_code == 2
@@ -203,7 +209,12 @@ class TestInit:
             )
         ]
         assert result.output.count("wrote ") == 5
-        assert "Next: todo-db migrate, alembic revision --autogenerate" in result.output
+        assert result.output.splitlines()[5:] == [
+            "Next, with the owner's URL in DATABASE_URL (todo-db serve prints one):",
+            "  todo-db migrate",
+            '  alembic revision --autogenerate -m "add labels"',
+            "  alembic upgrade head",
+        ]
         assert tomllib.loads((folder / "pyproject.toml").read_text("utf-8")) == {
             "tool": {
                 "alembic": {
@@ -488,7 +499,22 @@ class TestServe:
         monkeypatch.setenv("DATABASE_URL", f"postgresql://alice:{MARKER}@localhost/todo")
         result = run("serve")
         assert result.exit_code == 1
+        assert "DATABASE_URL names another server: unset it" in result.output
         assert MARKER not in result.output
+
+    def test_serves_the_one_that_the_url_names(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(signal, "pthread_sigmask", lambda _how, _mask: set())
+        monkeypatch.setattr(signal, "sigwait", min)
+        first = run("serve").stdout
+        made = run("login", "todo_login")
+        assert made.stderr.splitlines() == [
+            "DATABASE_URL is not set: using the embedded PostgreSQL in .todo-db/",
+            "This PostgreSQL runs while a command uses it: keep todo-db serve running.",
+            "The password is not shown again:",
+        ]
+        Path(".env").write_text(f"DATABASE_URL='{made.stdout.strip()}'\n")
+        assert run("serve").stdout == first
+        assert run("doctor").exit_code == 0
 
     @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
     def test_stops_its_server_when_it_is_stopped(self, folder: Path, stop: signal.Signals) -> None:
@@ -544,11 +570,15 @@ class TestMain:
         assert closed == [1]
         assert "No space left" in capsys.readouterr().err
 
-    def test_C4_output_that_cannot_be_written_is_one_line(self) -> None:
-        command = [sys.executable, "-c", "from todo_db.cli import main; main()", "--version"]
+    @pytest.mark.parametrize("argument", ["--version", "url"])
+    def test_C4_output_that_cannot_be_written_is_one_line(self, argument: str) -> None:
+        command = [sys.executable, "-c", "from todo_db.cli import main; main()", argument]
+        settings = os.environ | {"DATABASE_URL": "postgresql://localhost/todo"}
+        # As a developer may have it: each piece is written at once.
+        settings["PYTHONUNBUFFERED"] = "1"
         with Path("/dev/full").open("w") as full:
             done = subprocess.run(
-                command, check=False, stdout=full, stderr=subprocess.PIPE, text=True
+                command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, env=settings
             )
         assert done.returncode == 1
         assert done.stderr == "The output cannot be written: No space left on device\n"

@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import zipfile
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -62,6 +64,19 @@ def run(program: Path, *arguments: str, folder: Path, **settings: str) -> str:
             done.returncode, program.name, done.stdout, f"{done.stdout}{done.stderr}"
         )
     return done.stdout
+
+
+@contextmanager
+def serving(application: Path, folder: Path) -> Generator[str]:
+    """Keep `todo-db serve` running, and yield the URL that it prints."""
+    with subprocess.Popen(
+        [application / "todo-db", "serve"], stdout=subprocess.PIPE, text=True, cwd=folder
+    ) as server:
+        try:
+            assert server.stdout is not None
+            yield server.stdout.readline().strip().partition("=")[2]
+        finally:
+            server.send_signal(signal.SIGINT)
 
 
 class TestWheel:
@@ -163,18 +178,45 @@ class TestWalk:
         for name, content in TESTS.items():
             (tmp_path / name).write_text(content)
         (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\npythonpath = .\n")
-        with subprocess.Popen(
-            [application / "todo-db", "serve"], stdout=subprocess.PIPE, text=True, cwd=tmp_path
-        ) as server:
-            try:
-                assert server.stdout is not None
-                settings["DATABASE_URL"] = server.stdout.readline().strip().partition("=")[2]
-                call("alembic", "revision", "--autogenerate", "-m", "add tables")
-                call("alembic", "upgrade", "head")
-                call("alembic", "check")
-            finally:
-                server.send_signal(signal.SIGINT)
+        with serving(application, tmp_path) as settings["DATABASE_URL"]:
+            call("alembic", "revision", "--autogenerate", "-m", "add tables")
+            call("alembic", "upgrade", "head")
+            call("alembic", "check")
         assert "3 passed" in call("python", "-m", "pytest", "-q")
         own = [*"".join(TESTS.values()).splitlines(), *TABLES.splitlines()]
         lines = [line for line in own if line.strip() and "Mapped[" not in line]
         assert len(lines) <= 25
+
+
+REQUESTS: Final = """
+from fastapi.testclient import TestClient
+from main import app
+
+with TestClient(app) as client:
+    made = client.post("/api/tasks", json={"title": "Buy milk"}, headers={"X-User-Id": "alice"})
+    path = f"/api/tasks/{made.json()['id']}"
+    got = [client.get(path, headers={"X-User-Id": user}) for user in ("alice", "bob")]
+    print(*(response.status_code for response in (made, *got, client.get(path))))
+"""
+
+
+class TestFirstTask:
+    """From an empty folder to a task over HTTP, with the code of the how-to."""
+
+    def test_is_its_owners(self, application: Path, tmp_path: Path) -> None:
+        def call(program: str, *arguments: str) -> str:
+            return run(application / program, *arguments, folder=tmp_path)
+
+        call("todo-db", "init")
+        call("todo-db", "migrate")
+        url = call("todo-db", "login", "todo_login").strip()
+        (tmp_path / ".env").write_text(f"DATABASE_URL='{url}'\n")
+        page = (ROOT / "docs" / "how-to" / "fastapi.md").read_text()
+        blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+        routes, _, authentication = blocks[:3]
+        (tmp_path / "main.py").write_text(f"{routes}\n{authentication}")
+        with serving(application, tmp_path):
+            # Stores alice and bob.
+            call("todo-db", "seed", "--tasks", "0")
+            assert call("python", "-c", REQUESTS) == "201 200 404 401\n"
+            call("todo-db", "doctor")

@@ -30,7 +30,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from todo_db import migrations
 from todo_db.cli import demo as story
-from todo_db.cli.database_url import database_url
+from todo_db.cli.database_url import FOLDER, database_url, is_embedded
 from todo_db.cli.project import create_project
 from todo_db.cli.seed import seed as seed_tasks
 from todo_db.database import Database
@@ -64,10 +64,15 @@ def options(
     *,
     _version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
-    """The data layer of a multi-user todo application."""
+    """The data layer of a multi-user todo application.
+
+    Without DATABASE_URL, in the environment or .env, commands use a PostgreSQL in .todo-db/.
+    """
 
 
 def _print_json(value: object) -> None:
@@ -132,9 +137,9 @@ def migrate(
     """Migrate the database, to the newest revision by default."""
     with _report_errors(), database_url(_messages, direct=True) as url:
         place = asyncio.run(migrations.upgrade(url, revision))
-        if as_json:
-            _print_json({"revision": place})
-        _messages.print(f"Migrated: the database is at {place}.", style="green", highlight=False)
+    if as_json:
+        _print_json({"revision": place})
+    _messages.print(f"Migrated: the database is at {place}.", style="green", highlight=False)
 
 
 @app.command(
@@ -161,6 +166,8 @@ def alembic(context: typer.Context) -> None:
         config = migrations.alembic_config(
             lambda: stack.enter_context(database_url(_messages, direct=True))
         )
+        # Otherwise Alembic prints an error twice, and exits with 255.
+        options.raiseerr = True
         if options.cmd[0] is not revision_command:
             # Otherwise `history` would connect.
             config.set_main_option("revision_environment", "false")
@@ -178,8 +185,9 @@ def init(
         for path in create_project(Path(), module, folder):
             _messages.print(f"wrote {path}", markup=False, highlight=False)
     _messages.print(
-        'Next: todo-db migrate, alembic revision --autogenerate -m "add labels", '
-        "alembic upgrade head",
+        "Next, with the owner's URL in DATABASE_URL (todo-db serve prints one):\n"
+        '  todo-db migrate\n  alembic revision --autogenerate -m "add labels"\n'
+        "  alembic upgrade head",
         style="green",
         highlight=False,
     )
@@ -192,7 +200,9 @@ def login(
     role: Annotated[
         Literal["todo_app", "todo_auth"], typer.Option(help="todo_auth is for Better Auth.")
     ] = "todo_app",
-    new_password: Annotated[bool, typer.Option(help="Of a login that exists.")] = False,
+    new_password: Annotated[
+        bool, typer.Option("--new-password", help="Replace that of a login that exists.")
+    ] = False,
 ) -> None:
     """Create the login of an application, and print its URL once; safe to repeat."""
 
@@ -200,28 +210,25 @@ def login(
         return await create_login(owners, Settings(), name, role=role, new_password=new_password)
 
     with _report_errors(), database_url(_messages, direct=True) as owners:
+        # The application goes through the pooler, if there is one.
+        pooled = Settings().database_url
+        parsed = parse_url(pooled.get_secret_value() if pooled else owners).libpq_url()
         created = asyncio.run(run(owners))
-        if created is None:
-            _messages.print(f"{name} exists and keeps its password; its settings are up to date.")
-            return
-        with database_url(_messages) as place:
-            # The application goes through the pooler, if there is one.
-            parsed = parse_url(place).libpq_url()
-        made = parsed.set(
-            username=created.username,
-            password=created.password,
-            database=parsed.database or created.database,
-        )
-        if role == "todo_auth" and made.query.get("sslrootcert") == "system":
-            # Better Auth's driver would look for a file; without the key it trusts Node's own list.
-            made = made.difference_update_query(["sslrootcert"])
-        _messages.print("The password is not shown again:", style="green")
-        _out.print(
-            _for_libpq(made, hide_password=False),
-            soft_wrap=True,
-            markup=False,
-            highlight=False,
-        )
+    if created is None:
+        _messages.print(f"{name} exists and keeps its password; its settings are up to date.")
+        return
+    made = parsed.set(
+        username=created.username,
+        password=created.password,
+        database=parsed.database or created.database,
+    )
+    if role == "todo_auth" and made.query.get("sslrootcert") == "system":
+        # Better Auth's driver would look for a file; without the key it trusts Node's own list.
+        made = made.difference_update_query(["sslrootcert"])
+    if is_embedded(owners):
+        _messages.print("This PostgreSQL runs while a command uses it: keep todo-db serve running.")
+    _messages.print("The password is not shown again:", style="green")
+    _out.print(_for_libpq(made, hide_password=False), soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()
@@ -242,13 +249,13 @@ def seed(
                 )
 
     with _report_errors(), database_url(_messages) as url:
-        with database_url(_messages, direct=True) as owners:
-            asyncio.run(migrations.upgrade(owners))
+        owners = Settings().direct_database_url
+        asyncio.run(migrations.upgrade(owners.get_secret_value() if owners else url))
         created = asyncio.run(run(url))
-        if as_json:
-            _print_json({"users": users, "tasks": tasks, "created": created})
-        else:
-            _out.print(f"{users} users and {tasks} tasks are there; {created} tasks are new.")
+    if as_json:
+        _print_json({"users": users, "tasks": tasks, "created": created})
+    else:
+        _out.print(f"{users} users and {tasks} tasks are there; {created} tasks are new.")
 
 
 @app.command()
@@ -312,16 +319,18 @@ def _for_libpq(url: URL, *, hide_password: bool) -> str:
 @app.command()
 def url(
     *,
-    show_password: Annotated[bool, typer.Option(help="Print the password too.")] = False,
+    show_password: Annotated[
+        bool, typer.Option("--show-password", help="Print the password too.")
+    ] = False,
     as_json: _Json = False,
 ) -> None:
     """Print the URL of the database in the form that psql accepts."""
     with _report_errors(), database_url(_messages) as found:
         shown = _for_libpq(parse_url(found).libpq_url(), hide_password=not show_password)
-        if as_json:
-            _print_json({"url": shown})
-        else:
-            _out.print(shown, soft_wrap=True, markup=False, highlight=False)
+    if as_json:
+        _print_json({"url": shown})
+    else:
+        _out.print(shown, soft_wrap=True, markup=False, highlight=False)
 
 
 def _leave_to_psql(_number: int, _frame: object) -> None:
@@ -359,13 +368,18 @@ def psql(context: typer.Context) -> None:
 @app.command()
 def serve() -> None:
     """Migrate the embedded PostgreSQL, and keep it running until Ctrl-C."""
-    if Settings().database_url is not None:
-        _messages.print("DATABASE_URL is set: there is nothing to serve.", style="bold red")
-        raise typer.Exit(1)
-    with _report_errors(), database_url(_messages) as found:
-        asyncio.run(migrations.upgrade(found))
+    with _report_errors():
+        found = Settings().database_url
+        if found is not None and not is_embedded(found.get_secret_value()):
+            raise ConfigurationError(
+                "DATABASE_URL names another server: unset it to use the embedded PostgreSQL"
+            )
+    with ExitStack() as stack:
+        with _report_errors():
+            owners = stack.enter_context(EmbeddedPostgres(FOLDER)).url()
+            asyncio.run(migrations.upgrade(owners))
         # By default these signals end Python without stopping the server.
         stop = {signal.SIGINT, signal.SIGTERM}
         signal.pthread_sigmask(signal.SIG_BLOCK, stop)
-        _out.print(f"DATABASE_URL={found}", soft_wrap=True, markup=False, highlight=False)
+        _out.print(f"DATABASE_URL={owners}", soft_wrap=True, markup=False, highlight=False)
         signal.sigwait(stop)

@@ -8,6 +8,7 @@ from typing import Final
 from rich.console import Console
 
 from todo_db.embedded import EmbeddedPostgres
+from todo_db.engine import parse_url
 from todo_db.settings import Settings
 
 FOLDER: Final = Path(".todo-db")
@@ -17,8 +18,8 @@ FOLDER: Final = Path(".todo-db")
 def database_url(messages: Console, *, direct: bool = False) -> Generator[str]:
     """Yield the URL of a running database.
 
-    Without `DATABASE_URL` this is an embedded PostgreSQL in `.todo-db/`. It runs until the last
-    command that uses it ends.
+    Without `DATABASE_URL`, or if it names it, this is the embedded PostgreSQL in `.todo-db/`. It
+    runs until the last command that uses it ends.
 
     Args:
         messages: Prints that the embedded PostgreSQL is used.
@@ -26,9 +27,17 @@ def database_url(messages: Console, *, direct: bool = False) -> Generator[str]:
     """
     settings = Settings()
     url = (settings.direct_database_url if direct else None) or settings.database_url
-    if url is not None:
+    if url is None:
+        messages.print(f"DATABASE_URL is not set: using the embedded PostgreSQL in {FOLDER}/")
+        with EmbeddedPostgres(FOLDER) as server:
+            yield server.url()
+    elif is_embedded(url.get_secret_value()):
+        with EmbeddedPostgres(FOLDER):
+            yield url.get_secret_value()
+    else:
         yield url.get_secret_value()
-        return
-    messages.print(f"DATABASE_URL is not set: using the embedded PostgreSQL in {FOLDER}/")
-    with EmbeddedPostgres(FOLDER) as server:
-        yield server.url()
+
+
+def is_embedded(url: str) -> bool:
+    """Whether this URL names the embedded PostgreSQL of this folder, such as one in `.env`."""
+    return parse_url(url).hosts == (str(FOLDER.resolve()),)
