@@ -359,13 +359,13 @@ def psql(context: typer.Context) -> None:
 @app.command()
 def serve() -> None:
     """Migrate the embedded PostgreSQL, and keep it running until Ctrl-C."""
-    if Settings().database_url is not None:
-        _messages.print("DATABASE_URL is set: there is nothing to serve.", style="bold red")
-        raise typer.Exit(1)
-    with _report_errors(), database_url(_messages) as found:
-        asyncio.run(migrations.upgrade(found))
-        # By default these signals end Python without stopping the server.
-        stop = {signal.SIGINT, signal.SIGTERM}
-        signal.pthread_sigmask(signal.SIG_BLOCK, stop)
-        _out.print(f"DATABASE_URL={found}", soft_wrap=True, markup=False, highlight=False)
-        signal.sigwait(stop)
+    with _report_errors():
+        if Settings().database_url is not None:
+            raise ConfigurationError("DATABASE_URL is set: there is nothing to serve")
+        with database_url(_messages) as found:
+            asyncio.run(migrations.upgrade(found))
+            # By default these signals end Python without stopping the server.
+            stop = {signal.SIGINT, signal.SIGTERM}
+            signal.pthread_sigmask(signal.SIG_BLOCK, stop)
+            _out.print(f"DATABASE_URL={found}", soft_wrap=True, markup=False, highlight=False)
+            signal.sigwait(stop)
