@@ -204,14 +204,15 @@ def login(
         if created is None:
             _messages.print(f"{name} exists and keeps its password; its settings are up to date.")
             return
-        with database_url(_messages) as place:
+        made = created
+        if (place := Settings().database_url) is not None:
             # The application goes through the pooler, if there is one.
-            parsed = parse_url(place).libpq_url()
-        made = parsed.set(
-            username=created.username,
-            password=created.password,
-            database=parsed.database or created.database,
-        )
+            parsed = parse_url(place.get_secret_value()).libpq_url()
+            made = parsed.set(
+                username=created.username,
+                password=created.password,
+                database=parsed.database or created.database,
+            )
         if role == "todo_auth" and made.query.get("sslrootcert") == "system":
             # Better Auth's driver would look for a file; without the key it trusts Node's own list.
             made = made.difference_update_query(["sslrootcert"])
