@@ -4,7 +4,6 @@ A repository of an application can use it for any order of its rows.
 """
 
 import base64
-import binascii
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -141,10 +140,7 @@ def _key(kind: type[Key], key: object) -> Key:
 def _load(cursor: object) -> list[object]:
     if not isinstance(cursor, str) or not cursor.isascii() or len(cursor) > _LONGEST:
         raise ValueError
-    try:
-        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-    except binascii.Error:
-        raise ValueError from None
+    raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
     payload = json.loads(raw)
     # Only the exact text that `encode` writes is accepted.
     if not isinstance(payload, list) or _written(cast("list[object]", payload)) != cursor:
