@@ -167,15 +167,18 @@ def _failure(error: Exception, role: LoginRole) -> TodoDBError:
 
 
 def role_settings(settings: Settings) -> dict[str, str]:
-    """Return the parameters that a login has of its own, because one round trip cannot set them."""
+    """Return the parameters of a call, which a BEGIN sets, and a single statement cannot.
+
+    For single statements, the login has them.
+    """
     return {
+        "search_path": "public, pg_temp",
         "statement_timeout": _milliseconds(settings.statement_timeout_seconds),
         "lock_timeout": _milliseconds(settings.lock_timeout_seconds),
         "idle_in_transaction_session_timeout": _milliseconds(
             settings.idle_in_transaction_timeout_seconds
         ),
         "default_transaction_isolation": "'read committed'",
-        "search_path": "public, pg_temp",
     }
 
 
