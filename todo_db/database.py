@@ -457,7 +457,7 @@ class Database:
         if self._one_trip:
             rows = await autocommit.fetch(self._pool, sql, arguments, is_change=False, call=call)
             return rows[0]
-        async with self._own_transaction(call) as scope:
+        async with (scope := self._own_scope(call)):
             return await scope.fetch_row(sql, *arguments)
 
     async def _ready(self) -> None:
@@ -511,15 +511,12 @@ class Database:
             observe=self._observe,
         )
 
-    @asynccontextmanager
-    async def _own_transaction(self, call: Call | None = None) -> AsyncGenerator[TransactionScope]:
-        """Open a transaction of the package's own: it reads, and no row belongs to its user."""
-        scope = self._scope(NO_USER, call, read_only=True)
-        async with scope:
-            yield scope
+    def _own_scope(self, call: Call | None = None) -> TransactionScope:
+        """Return a transaction of the package's own: it reads, and no row belongs to its user."""
+        return self._scope(NO_USER, call, read_only=True)
 
     async def _check(self) -> None:
-        async with self._own_transaction() as scope:
+        async with (scope := self._own_scope()):
             driver = scope.connection.driver
             told_pid = driver.get_server_pid()
             own = role_settings(self.settings)

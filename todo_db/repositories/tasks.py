@@ -317,8 +317,7 @@ class TaskRepository:
         if expected_updated_at is not None:
             values["expected"] = inputs.timestamp("expected_updated_at", expected_updated_at)
         if not new:
-            operation = Operation(_GET, {"task_id": values["task_id"]}, _one, Retry.READ_ONLY)
-            task = await self._executor.perform(user_id, operation)
+            task = await self.get(user_id, task_id)
             if values.get("expected", task.updated_at) != task.updated_at:
                 raise StaleTaskError
             return task
