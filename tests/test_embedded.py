@@ -352,6 +352,10 @@ class TestUrl:
 
 
 class TestLogin:
+    def test_before_the_migrations_is_refused(self, todo_postgres: EmbeddedPostgres) -> None:
+        with pytest.raises(ConfigurationError, match="refused a statement: see the file log"):
+            todo_postgres.create_login("todo_second", role="todo_missing")
+
     async def test_is_a_member_of_the_role_and_of_nothing_else(
         self, todo_postgres: EmbeddedPostgres
     ) -> None:
