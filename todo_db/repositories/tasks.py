@@ -84,8 +84,8 @@ class TaskRepository:
     - `InvalidInputError`, before any SQL, for an argument that cannot be stored.
     - `IsolationError`, for a `user_id` that is not the transaction's.
     - `UnavailableError`, if the database did not accept the call. Nothing was applied.
-    - `OutcomeUnknownError`, on a `Database`, if the connection broke during the COMMIT of a
-      change that is not idempotent, or if no retry of an idempotent one succeeded.
+    - `OutcomeUnknownError`, on a `Database`, if no answer came to a change that is not idempotent,
+      or if no retry of an idempotent one succeeded.
 
     Args:
         executor: A `Database` or a `Transaction`.
