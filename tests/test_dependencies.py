@@ -247,6 +247,19 @@ class TestWebSocket:
         kind = "close" if accepts else "http.response.body"
         assert messages[-1]["type"] == f"websocket.{kind}"
 
+    async def test_that_was_closed_gets_nothing_for_an_error(self) -> None:
+        app = FastAPI()
+        install(app)
+
+        @app.websocket("/")
+        async def fail(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.close(1000)
+            raise UnavailableError
+
+        messages = await self.sent(app, "/", accepts=True)
+        assert [message.get("code") for message in messages] == [None, 1000]
+
 
 class TestLifespan:
     async def test_that_did_not_run_is_told(self, caplog: pytest.LogCaptureFixture) -> None:

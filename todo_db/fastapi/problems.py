@@ -111,10 +111,13 @@ _CLOSE_CODES: Final = {
 
 
 async def answer_error(connection: HTTPConnection, error: Exception) -> Response | None:
-    """Answer an error of the package. A WebSocket is refused, or closed if it is open."""
+    """Answer an error of the package. A WebSocket is refused, or closed unless it is already."""
     response = _error_response(error)
     if not isinstance(connection, WebSocket):
         return response
+    if connection.application_state is WebSocketState.DISCONNECTED:
+        # The handler has closed it, and the server would refuse to send more.
+        return None
     is_open = connection.application_state is not WebSocketState.CONNECTING
     if is_open or "websocket.http.response" not in connection.scope.get("extensions", {}):
         code = _CLOSE_CODES.get(HTTPStatus(response.status_code), _POLICY_VIOLATION)
