@@ -195,7 +195,7 @@ class Database:
             if self._is_open:
                 return
             if failures != self._failures:
-                # The call that tried while this one waited has used the time that there is for it.
+                # The call that tried while this one waited has used the time for retries.
                 raise copy.copy(self._failure)
             if self._closed:
                 # The old one belongs to the loop that it was used on.
@@ -587,10 +587,10 @@ class Database:
     ) -> T:
         """Run `attempt` until it is applied: again only if it was not, or may be applied twice.
 
-        After a try whose outcome is unknown, the failure of those that follow says nothing of
-        that one: the outcome stays unknown. The second try follows at once, because most losses
-        are of a connection that had been idle; the others wait longer and longer. A lock that was
-        not free is waited for once more, so that the caller waits twice `lock_timeout` at most.
+        If the outcome of a try is unknown, it stays unknown when the tries after it fail. The
+        second try follows at once, because most losses are of a connection that had been idle; the
+        others wait longer and longer. A lock that was not free is waited for once more, so that the
+        caller waits twice `lock_timeout` at most.
         """
         failure: TodoDBError
         unknown = False

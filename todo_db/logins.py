@@ -33,7 +33,7 @@ _PLACE: Final = """
             THEN ' WITH INHERIT TRUE, SET TRUE' ELSE '' END
 """
 _EXISTS: Final = "SELECT to_regrole(:name) IS NOT NULL"
-# Each is a way past row-level security, or one that would be. A superuser is a member of all.
+# What makes a role unfit, because it could pass row-level security. A superuser is a member of all.
 _UNFIT: Final = """
     SELECT concat_ws(', and it ',
         CASE WHEN NOT rolcanlogin AND rolname <> :role

@@ -354,7 +354,7 @@ def _account() -> pwd.struct_passwd | None:
 
 
 def _give(folder: Path) -> None:
-    """Make a folder the server's own."""
+    """Give a folder to the account of the server."""
     account = _account()
     if account is not None:  # pragma: no branch  # CI is root
         os.chown(folder, account.pw_uid, account.pw_gid)
