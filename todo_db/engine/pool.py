@@ -301,8 +301,10 @@ class Pool:
             self._drained.set()
 
     def _leave(self, waiter: _Waiter) -> None:
-        """Take a caller out of the queue who was cancelled or got an error."""
+        """Take a caller out of the queue who was cancelled or closed, or got an error."""
         future = waiter.connection
+        # Only a coroutine that was closed, and not cancelled, has left it pending.
+        future.cancel()
         if waiter in self._waiters:
             self._waiters.remove(waiter)
         if not future.cancelled() and future.exception() is None:
