@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import Final, Self
 
 TRANSACTIONS: Final = frozenset({"transaction", "run"})
-"""The names of what is no single call: its time is the caller's, too."""
+"""The names of transactions: their time is the caller's too."""
 
 UNOBSERVED: Final = nullcontext()
 """What stands around a call that is not observed."""

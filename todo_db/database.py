@@ -195,7 +195,7 @@ class Database:
             if self._is_open:
                 return
             if failures != self._failures:
-                # The call that tried while this one waited has used the time that there is for it.
+                # The call that tried while this one waited has used the time for retries.
                 raise copy.copy(self._failure)
             if self._closed:
                 # The old one belongs to the loop that it was used on.
@@ -457,7 +457,7 @@ class Database:
         if self._one_trip:
             rows = await autocommit.fetch(self._pool, sql, arguments, is_change=False, call=call)
             return rows[0]
-        async with self._own_transaction(call) as scope:
+        async with (scope := self._own_scope(call)):
             return await scope.fetch_row(sql, *arguments)
 
     async def _ready(self) -> None:
@@ -511,15 +511,12 @@ class Database:
             observe=self._observe,
         )
 
-    @asynccontextmanager
-    async def _own_transaction(self, call: Call | None = None) -> AsyncGenerator[TransactionScope]:
-        """Open a transaction of the package's own: it reads, and no row belongs to its user."""
-        scope = self._scope(NO_USER, call, read_only=True)
-        async with scope:
-            yield scope
+    def _own_scope(self, call: Call | None = None) -> TransactionScope:
+        """Return a transaction of the package's own: it reads, and no row belongs to its user."""
+        return self._scope(NO_USER, call, read_only=True)
 
     async def _check(self) -> None:
-        async with self._own_transaction() as scope:
+        async with (scope := self._own_scope()):
             driver = scope.connection.driver
             told_pid = driver.get_server_pid()
             own = role_settings(self.settings)
@@ -590,10 +587,10 @@ class Database:
     ) -> T:
         """Run `attempt` until it is applied: again only if it was not, or may be applied twice.
 
-        After a try whose outcome is unknown, the failure of those that follow says nothing of
-        that one: the outcome stays unknown. The second try follows at once, because most losses
-        are of a connection that had been idle; the others wait longer and longer. A lock that was
-        not free is waited for once more, so that the caller waits twice `lock_timeout` at most.
+        If the outcome of a try is unknown, it stays unknown when the tries after it fail. The
+        second try follows at once, because most losses are of a connection that had been idle; the
+        others wait longer and longer. A lock that was not free is waited for once more, so that the
+        caller waits twice `lock_timeout` at most.
         """
         failure: TodoDBError
         unknown = False

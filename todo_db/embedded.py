@@ -92,7 +92,11 @@ class EmbeddedPostgres:
         return _programs() / name
 
     def create_database(self, name: str, *, template: str = "template1") -> None:
-        """Create a database of the owner, as a copy of a database without connections."""
+        """Create a database of the owner, as a copy of a database without connections.
+
+        Raises:
+            ConfigurationError: The server refuses it; its log has the reason.
+        """
         self._psql(
             f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY OWNER {OWNER}",
             # A copy does not include the grants on the database itself.
@@ -109,6 +113,9 @@ class EmbeddedPostgres:
         It is what `todo-db login` makes, without a password: a member of one role and of no other,
         with timeouts of its own. A member of `todo_app` sees one user at a time; a member of
         `todo_auth`, for Better Auth, sees accounts and no tasks.
+
+        Raises:
+            ConfigurationError: The server refuses it; its log has the reason.
         """
         self._psql(
             f"SELECT 'CREATE ROLE {name} LOGIN IN ROLE {role}'"
@@ -124,16 +131,19 @@ class EmbeddedPostgres:
             raise ConfigurationError("the embedded PostgreSQL is not running")
         return str(self._server.socket_folder)
 
-    def _psql(self, *statements: str) -> str:
+    def _psql(self, *statements: str) -> None:
         place = ["-h", self._socket_folder(), "-U", "postgres", "postgres"]
         done = subprocess.run(  # noqa: S603  # no shell, and no user input
             [self.program("psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", *place],
             input=";\n".join((*statements, "")),
-            check=True,
+            check=False,
             capture_output=True,
             text=True,
         )
-        return done.stdout
+        if done.returncode:
+            raise ConfigurationError(
+                "the embedded PostgreSQL refused a statement: see the file log in its folder"
+            )
 
 
 def folder_in_memory() -> Path | None:

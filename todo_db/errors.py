@@ -22,7 +22,7 @@ TodoDBError
 ├── UnavailableError               .retry_after; not applied, safe to try again
 │   ├── PoolExhaustedError
 │   └── CallTimeoutError
-└── OutcomeUnknownError            the COMMIT may or may not have happened
+└── OutcomeUnknownError            no answer to a change: applied or not
 ```
 
 A message names fields, constraints and SQLSTATEs, never a value, a statement or a URL.
@@ -226,13 +226,13 @@ class CallTimeoutError(UnavailableError):
 
 
 class OutcomeUnknownError(TodoDBError):
-    """The connection broke while the COMMIT was under way: it may or may not have happened.
+    """No answer came to a change, or to its COMMIT: it may have been applied or not.
 
-    Read before you try again; trying blindly may do it twice. A call with an idempotency key
-    may simply be made again.
+    Read before you try again, because a second call may apply it twice. A call with an idempotency
+    key may be made again as it is.
     """
 
-    message = "The connection broke during the COMMIT: the change may have been applied or not."
+    message = "No answer came to a change: it may have been applied or not."
 
 
 # Constraint names are API: tests hold this map against the catalogue of the live database.

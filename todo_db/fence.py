@@ -224,11 +224,9 @@ def unfence_sql(table: str, schema: str | None, quote: Callable[[str], str]) -> 
 def grant_sql(fence: Fence, quote: Callable[[str], str], *, revoke: bool = False) -> Iterator[str]:
     """Yield the statements that grant, or revoke, rights on columns of a table that is fenced."""
     table = _named(fence.table, fence.schema, quote)
+    verb, preposition = ("REVOKE", "FROM") if revoke else ("GRANT", "TO")
     for right, names in _column_rights(fence, quote):
-        if revoke:
-            yield f"REVOKE {right} ({names}) ON {table} FROM {ROLE}"
-        else:
-            yield f"GRANT {right} ({names}) ON {table} TO {ROLE}"
+        yield f"{verb} {right} ({names}) ON {table} {preposition} {ROLE}"
 
 
 def _enabled(table: str, schema: str | None, quote: Callable[[str], str]) -> Iterator[str]:

@@ -33,7 +33,7 @@ _PLACE: Final = """
             THEN ' WITH INHERIT TRUE, SET TRUE' ELSE '' END
 """
 _EXISTS: Final = "SELECT to_regrole(:name) IS NOT NULL"
-# Each is a way past row-level security, or one that would be. A superuser is a member of all.
+# What makes a role unfit, because it could pass row-level security. A superuser is a member of all.
 _UNFIT: Final = """
     SELECT concat_ws(', and it ',
         CASE WHEN NOT rolcanlogin AND rolname <> :role
@@ -167,15 +167,18 @@ def _failure(error: Exception, role: LoginRole) -> TodoDBError:
 
 
 def role_settings(settings: Settings) -> dict[str, str]:
-    """Return the parameters that a login has of its own, because one round trip cannot set them."""
+    """Return the parameters of a call, which a BEGIN sets, and a single statement cannot.
+
+    For single statements, the login has them.
+    """
     return {
+        "search_path": "public, pg_temp",
         "statement_timeout": _milliseconds(settings.statement_timeout_seconds),
         "lock_timeout": _milliseconds(settings.lock_timeout_seconds),
         "idle_in_transaction_session_timeout": _milliseconds(
             settings.idle_in_transaction_timeout_seconds
         ),
         "default_transaction_isolation": "'read committed'",
-        "search_path": "public, pg_temp",
     }
 
 

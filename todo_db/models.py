@@ -77,10 +77,7 @@ _VISIBLE: Final = (
 )
 # Python's datetime has no infinity and no years BC; the margin allows for any time zone.
 _CREATED: Final = "created_at >= '0001-01-02 00:00:00+00' AND created_at < '9999-12-31 00:00:00+00'"
-_TIMESTAMPS: Final = (
-    f"{_CREATED} AND "
-    "updated_at >= '0001-01-02 00:00:00+00' AND updated_at < '9999-12-31 00:00:00+00'"
-)
+_TIMESTAMPS: Final = f"{_CREATED} AND {_CREATED.replace('created_at', 'updated_at')}"
 
 
 class Base(DeclarativeBase):
@@ -394,7 +391,7 @@ class Task(Owned, Timestamps, Base):
         Index("idx_tasks_user_id", "user_id", "id", unique=True),
     )
 
-    # Before user_id, so that PostgreSQL need not fill up a row to align it.
+    # Before user_id, so that PostgreSQL adds no padding to align it.
     id: Mapped[int] = mapped_column(
         BigInteger, Identity(always=True), primary_key=True, sort_order=-2
     )

@@ -4,7 +4,6 @@ A repository of an application can use it for any order of its rows.
 """
 
 import base64
-import binascii
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -55,8 +54,8 @@ class Page[T]:
 
 BIGINT_MAX: Final = 2**63 - 1
 _VERSION: Final = 1
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND: Final = timedelta(microseconds=1)
 # Enough for a title of 200 characters, each written as two escapes, and the other items.
 _LONGEST: Final = 4_096
 _DUMP: Final = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
@@ -121,13 +120,13 @@ def decode(cursor: object, scope: Scope, kinds: tuple[type[Key], ...]) -> tuple[
 
 def _plain(key: Key) -> str | int:
     if isinstance(key, datetime):
-        return (key - _EPOCH) // _MICROSECOND
+        return (key - EPOCH) // MICROSECOND
     return str(key) if isinstance(key, UUID) else key
 
 
 def _key(kind: type[Key], key: object) -> Key:
     if kind is datetime and type(key) is int:
-        return _EPOCH + key * _MICROSECOND
+        return EPOCH + key * MICROSECOND
     if kind is int and type(key) is int and -BIGINT_MAX - 1 <= key <= BIGINT_MAX:
         return key
     if kind is str and isinstance(key, str) and "\x00" not in key:
@@ -141,10 +140,7 @@ def _key(kind: type[Key], key: object) -> Key:
 def _load(cursor: object) -> list[object]:
     if not isinstance(cursor, str) or not cursor.isascii() or len(cursor) > _LONGEST:
         raise ValueError
-    try:
-        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-    except binascii.Error:
-        raise ValueError from None
+    raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
     payload = json.loads(raw)
     # Only the exact text that `encode` writes is accepted.
     if not isinstance(payload, list) or _written(cast("list[object]", payload)) != cursor:

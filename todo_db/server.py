@@ -132,7 +132,7 @@ class Server:
         if self.is_used:
             return
         self._prepare_folder()
-        with self._locked("starting"):
+        with self._starting():
             # Waits while the last user, or the keeper, is stopping the server.
             users = self._open("users")
             fcntl.flock(users, fcntl.LOCK_SH)
@@ -148,7 +148,7 @@ class Server:
         """Do not use the server any more, and stop it if nobody else does."""
         if self._lock is None or not self.is_used:
             return
-        with self._locked("starting"):
+        with self._starting():
             # Making a shared lock exclusive would release it for a moment, too.
             os.close(self._lock)
             self._lock = None
@@ -186,9 +186,8 @@ class Server:
         for name in (self._data / "postmaster.pid", self._folder / f"{_SOCKET}.lock"):
             name.unlink(missing_ok=True)
         (self._folder / _SOCKET).unlink(missing_ok=True)
-        server = self._open("server")
-        fcntl.flock(server, fcntl.LOCK_EX)
-        with (self._folder / "log").open("ab") as log:
+        with self._opened("server") as server, (self._folder / "log").open("ab") as log:
+            fcntl.flock(server, fcntl.LOCK_EX)
             self._run(
                 *_DETACHED,
                 *(self.programs / "postgres", "-D", _seen_from(self._data), "-k", "..", "-h", ""),
@@ -198,7 +197,6 @@ class Server:
                 output=log.fileno(),
                 descriptors=[server],
             )
-        os.close(server)
         self._wait_until(self._is_ready, "does not start")
         self._keep()
 
@@ -232,20 +230,18 @@ class Server:
         draft.rename(self._data)
 
     def _keep(self) -> None:
-        users, server = self._open("users"), self._open("server")
-        arguments = [self._data / "postmaster.pid", server, users]
-        subprocess.run(  # noqa: S603  # no user input
-            [*_DETACHED, sys.executable, "-S", "-E", "-c", _KEEPER, *map(str, arguments)],
-            check=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[server, users],
-            start_new_session=True,
-            cwd="/",
-        )
-        os.close(users)
-        os.close(server)
+        with self._opened("users") as users, self._opened("server") as server:
+            arguments = [self._data / "postmaster.pid", server, users]
+            subprocess.run(  # noqa: S603  # no user input
+                [*_DETACHED, sys.executable, "-S", "-E", "-c", _KEEPER, *map(str, arguments)],
+                check=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[server, users],
+                start_new_session=True,
+                cwd="/",
+            )
 
     def _run(
         self,
@@ -316,24 +312,28 @@ class Server:
     def _open(self, name: str) -> int:
         return os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
-    def _can_lock(self, name: str, kind: int) -> bool:
+    @contextmanager
+    def _opened(self, name: str) -> Generator[int]:
         descriptor = self._open(name)
         try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+            yield descriptor
         finally:
             os.close(descriptor)
+
+    def _can_lock(self, name: str, kind: int) -> bool:
+        with self._opened(name) as descriptor:
+            try:
+                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
         return True
 
     @contextmanager
-    def _locked(self, name: str) -> Generator[None]:
-        descriptor = self._open(name)
-        try:
+    def _starting(self) -> Generator[None]:
+        """Let no other program start or stop the server meanwhile."""
+        with self._opened("starting") as descriptor:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
-        finally:
-            os.close(descriptor)
 
 
 def _account() -> pwd.struct_passwd | None:
@@ -354,7 +354,7 @@ def _account() -> pwd.struct_passwd | None:
 
 
 def _give(folder: Path) -> None:
-    """Make a folder the server's own."""
+    """Give a folder to the account of the server."""
     account = _account()
     if account is not None:  # pragma: no branch  # CI is root
         os.chown(folder, account.pw_uid, account.pw_gid)

@@ -15,6 +15,7 @@ from sqlalchemy.orm.attributes import instance_dict
 
 from todo_db.engine import TransactionConnection
 from todo_db.errors import IsolationError, TransactionError
+from todo_db.fence import OWNER
 from todo_db.models import User
 
 _USER: Final = "todo_db_user_id"
@@ -121,7 +122,7 @@ def create_session(connection: AsyncConnection, user_id: str) -> TransactionSess
 def owner_attribute(mapper: Mapper[Any]) -> str | None:
     """Return the attribute of an entity that names the user it belongs to, if there is one."""
     table = mapper.local_table
-    column = User.__table__.c.id if table is User.__table__ else table.c.get("user_id")
+    column = User.__table__.c.id if table is User.__table__ else table.c.get(OWNER)
     return None if column is None else mapper.get_property_by_column(column).key
 
 

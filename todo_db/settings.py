@@ -75,9 +75,10 @@ class Settings(BaseSettings):
             connect part of a try of the call.
         command_timeout_seconds: How long the client waits for any answer. The only defence
             against a peer that vanished; keep it above `statement_timeout_seconds`.
-        statement_timeout_seconds: When the server gives a statement up.
-        lock_timeout_seconds: When the server gives waiting for a lock up.
-        idle_in_transaction_timeout_seconds: When the server ends a transaction that sends nothing.
+        statement_timeout_seconds: After this time the server cancels a statement.
+        lock_timeout_seconds: After this time the server stops waiting for a lock.
+        idle_in_transaction_timeout_seconds: After this time the server ends a transaction that
+            sends nothing.
         retry_attempts: Tries of a call that is known not to have been applied, the first
             included. 1 turns all retries off, those of connecting as well.
         retry_timeout_seconds: How long after the first try failed another one may begin.

@@ -22,6 +22,7 @@ from todo_db.errors import (
 )
 from todo_db.fence import ROLE
 from todo_db.gate import State, TransactionGate
+from todo_db.logins import role_settings
 from todo_db.repositories import Operation, TaskRepository, UserRepository
 from todo_db.repositories.statements import Row
 from todo_db.session import TransactionSession, create_session
@@ -35,22 +36,18 @@ class TransactionPreamble:
     """What every BEGIN of a database carries, written once."""
 
     def __init__(self, settings: Settings) -> None:
-        timeouts = {
-            "statement_timeout": settings.statement_timeout_seconds,
-            "lock_timeout": settings.lock_timeout_seconds,
-            "idle_in_transaction_session_timeout": settings.idle_in_transaction_timeout_seconds,
-        }
-        settings_sql = "".join(
-            f"SET LOCAL {name} = {max(1, round(seconds * 1000))};"
-            for name, seconds in timeouts.items()
+        # BEGIN itself names the isolation level.
+        parameters = "".join(
+            f"SET LOCAL {name} = {value};"
+            for name, value in role_settings(settings).items()
+            if name != "default_transaction_isolation"
         )
         self._before, self._after = (
             {
                 access: (
                     f"BEGIN ISOLATION LEVEL READ COMMITTED, {access};SET LOCAL ROLE {ROLE};"
-                    f"SET LOCAL search_path = public, pg_temp;{settings_sql}"
-                    "SELECT pg_catalog.set_config('todo_db.user_id', pg_catalog.convert_from("
-                    "pg_catalog.decode('"
+                    f"{parameters}SELECT pg_catalog.set_config('todo_db.user_id',"
+                    " pg_catalog.convert_from(pg_catalog.decode('"
                 )
                 for access in ("READ ONLY", "READ WRITE")
             },

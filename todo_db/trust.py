@@ -16,8 +16,14 @@ ALGORITHMS: Final[dict[str, tuple[str, str | None]]] = {
     "PS256": ("RSA", None),
 }
 """The algorithms of the signatures of JWTs, and the type and curve of their keys."""
-_COOKIE: Final = "better-auth.session_token"
-_SECURE_COOKIE: Final = f"__Secure-{_COOKIE}"
+COOKIE: Final = "better-auth.session_token"
+"""The name of the session's cookie; with https `__Secure-` is in front of it."""
+NOT_SET: Final = (
+    "BETTER_AUTH_SECRET and BETTER_AUTH_URL must be set, or NEON_AUTH_BASE_URL, or"
+    " TODO_DB_JWKS_URL and TODO_DB_JWT_ISSUER"
+)
+"""What to do where the settings do not say whose credentials are accepted."""
+_SECURE_COOKIE: Final = f"__Secure-{COOKIE}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +86,7 @@ def trust_of(settings: Settings) -> Trust:
             )
         return _of_neon(settings, settings.neon_auth_base_url)
     if url is None and (secret is not None or settings.jwt_issuer is None):
-        raise ConfigurationError(
-            "BETTER_AUTH_SECRET and BETTER_AUTH_URL must be set, or NEON_AUTH_BASE_URL, or"
-            " TODO_DB_JWKS_URL and TODO_DB_JWT_ISSUER"
-        )
+        raise ConfigurationError(NOT_SET)
     if secret is None and settings.jwks_url is None:
         raise ConfigurationError(
             "BETTER_AUTH_SECRET and BETTER_AUTH_URL must be set, or TODO_DB_JWKS_URL, which says"
@@ -138,7 +141,7 @@ def _cookies(settings: Settings, origin: str) -> tuple[str, ...]:
     if settings.session_cookie is not None:
         return (settings.session_cookie,)
     # With https an attacker could have set the plain cookie over an unencrypted connection.
-    return (_SECURE_COOKIE,) if origin.startswith("https:") else (_SECURE_COOKIE, _COOKIE)
+    return (_SECURE_COOKIE,) if origin.startswith("https:") else (_SECURE_COOKIE, COOKIE)
 
 
 def _origins(settings: Settings, origin: str | None) -> Origins:

@@ -47,7 +47,7 @@ _GRANT_ROLE = """
     $$
 """
 # A temporary table with the name of one of ours would be read instead of it, also by the next user
-# of the connection. A template does not copy grants on the database: see todo_db.testing.
+# of the connection. A template does not copy grants on the database: see todo_db.embedded.
 _TEMPORARY = """
     DO $$
     BEGIN

@@ -516,6 +516,13 @@ class TestServe:
         assert run("serve").stdout == first
         assert run("doctor").exit_code == 0
 
+    def test_names_a_setting_that_is_wrong(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TODO_DB_POOL_SIZE", MARKER)
+        result = run("serve")
+        assert result.exit_code == 1
+        assert result.output.startswith("ConfigurationError: pool_size: ")
+        assert MARKER not in result.output
+
     @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
     def test_stops_its_server_when_it_is_stopped(self, folder: Path, stop: signal.Signals) -> None:
         command = [sys.executable, "-c", "from todo_db.cli import main; main()", "serve"]

@@ -299,6 +299,20 @@ class TestStop:
                 server.start()
         assert left_in(folder / "pg") == []
 
+    def test_after_a_start_that_could_run_no_program(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        server = EmbeddedPostgres(folder / "pg")
+        with server:
+            pass
+        with monkeypatch.context() as patched:
+            patched.setattr("todo_db.server._DETACHED", ("/missing",))
+            with pytest.raises(FileNotFoundError):
+                server.start()
+        with server:
+            assert server.url()
+        assert left_in(folder / "pg") == []
+
 
 class TestPrivacy:
     async def test_C3_no_other_system_user_can_connect(self, folder: Path) -> None:
@@ -338,6 +352,10 @@ class TestUrl:
 
 
 class TestLogin:
+    def test_before_the_migrations_is_refused(self, todo_postgres: EmbeddedPostgres) -> None:
+        with pytest.raises(ConfigurationError, match="refused a statement: see the file log"):
+            todo_postgres.create_login("todo_second", role="todo_missing")
+
     async def test_is_a_member_of_the_role_and_of_nothing_else(
         self, todo_postgres: EmbeddedPostgres
     ) -> None:

@@ -161,6 +161,15 @@ class TestWaiter:
         # Its timer finds it done.
         waiter.connection.cancel()
 
+    async def test_that_is_closed_leaves_the_queue(self, url: str) -> None:
+        pool = Pool(settings(url))
+        waiting = pool.acquire()
+        # As a loop that ends does with a task that it never cancelled.
+        waiting.send(None)
+        waiting.close()
+        assert pool.status.waiting == 0
+        await pool.close()
+
 
 class TestGuards:
     """What should not be in the pool is put there behind its back."""

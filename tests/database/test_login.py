@@ -566,6 +566,16 @@ class TestUrl:
     def test_names_the_database(self, printed: "Printed", place: str) -> None:
         assert parse_url(printed.url(place, "todo_app")).url.database == "todo"
 
+    def test_leads_to_the_direct_endpoint_if_there_is_no_other(
+        self, restored: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch, folder: Path
+    ) -> None:
+        monkeypatch.chdir(folder)
+        monkeypatch.delenv("DATABASE_URL", raising=False)
+        monkeypatch.setenv("DIRECT_DATABASE_URL", restored.url())
+        result = run(NAME)
+        assert make_url(result.stdout).query == make_url(restored.url()).query
+        assert not (folder / ".todo-db").exists()
+
     def test_is_read_by_psql(
         self, restored: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
     ) -> None:

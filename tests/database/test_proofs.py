@@ -477,7 +477,7 @@ class TestAssertIsolated:
 
             return StreamingResponse(ticks(), media_type="text/event-stream")
 
-        monkeypatch.setattr("todo_db.testing.client._PATIENCE", 0.5)
+        monkeypatch.setattr("todo_db.testing.client._PATIENCE_SECONDS", 0.5)
         api.get("/events")(events)
         with pytest.raises(AssertionError, match=r"^GET /events: not reached: .* name it in skip="):
             await assert_isolated(api)

@@ -247,6 +247,39 @@ class TestWebSocket:
         kind = "close" if accepts else "http.response.body"
         assert messages[-1]["type"] == f"websocket.{kind}"
 
+    async def test_whose_client_has_gone_gets_nothing_for_an_error(self) -> None:
+        app = FastAPI()
+        install(app)
+
+        @app.websocket("/")
+        async def fail(socket: WebSocket) -> None:
+            await socket.accept()
+            raise UnavailableError
+
+        async def receive() -> Json:
+            return {"type": "websocket.connect"}
+
+        async def send(message: Any) -> None:  # noqa: ANN401  # ASGI
+            if message["type"] == "websocket.close":
+                raise OSError
+
+        await app(
+            {"type": "websocket", "path": "/", "headers": [], "query_string": b""}, receive, send
+        )
+
+    async def test_that_was_closed_gets_nothing_for_an_error(self) -> None:
+        app = FastAPI()
+        install(app)
+
+        @app.websocket("/")
+        async def fail(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.close(1000)
+            raise UnavailableError
+
+        messages = await self.sent(app, "/", accepts=True)
+        assert [message.get("code") for message in messages] == [None, 1000]
+
 
 class TestLifespan:
     async def test_that_did_not_run_is_told(self, caplog: pytest.LogCaptureFixture) -> None:

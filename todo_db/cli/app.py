@@ -106,7 +106,7 @@ def demo() -> None:
     table.add_column("What happened")
     details: list[str] = []
 
-    def show(step: story.Step, seen: str, held: bool, _spent: float) -> None:  # noqa: FBT001
+    def show(step: story.Step, seen: str, held: bool) -> None:  # noqa: FBT001
         mark = Text("✓", style="green") if held else Text("✗", style="bold red")
         line, _, detail = seen.partition("\n")
         table.add_row(mark, step.claim, Text(line))

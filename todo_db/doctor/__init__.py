@@ -8,10 +8,8 @@ from ssl import CERT_REQUIRED
 from time import time
 from typing import Final, Literal, cast
 
-from pydantic import SecretStr
-
 from todo_db.doctor.catalogue import OBJECTS, SETTINGS, STATEMENT, catalogued, differences
-from todo_db.engine import Endpoint, Pool, PooledConnection, parse_url, transport
+from todo_db.engine import Pool, PooledConnection, parse_url, transport
 from todo_db.errors import ConfigurationError, translated
 from todo_db.fence import PRINTED_RULE, ROLE
 from todo_db.models import OUR_COLUMNS, REVISION
@@ -181,7 +179,7 @@ async def _ask(pool: Pool, connection: PooledConnection, settings: Settings) -> 
     line = _line(transport(driver))
     found = [_further(_WEAK[line], "the connection")] if line in _WEAK else []
     direct = settings.direct_database_url
-    if direct is not None and _parsed(direct).is_pooled:
+    if direct is not None and parse_url(direct.get_secret_value()).is_pooled:
         found.append(_further("direct-pooled", "DIRECT_DATABASE_URL"))
     trust, credentials = _trust(settings, found)
     revision = None
@@ -259,10 +257,6 @@ async def _compare(connection: PooledConnection, found: list[Finding]) -> str | 
             for code, line in differences(catalogued((row[0], row[1]) for row in lines), explained)
         ]
     return revision
-
-
-def _parsed(url: SecretStr) -> Endpoint:
-    return parse_url(url.get_secret_value())
 
 
 def _line(socket: BaseTransport) -> Line:

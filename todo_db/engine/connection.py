@@ -212,7 +212,7 @@ class PooledConnection:
         """
         if not self.has_own_sql:
             return command
-        # The seed of random() is in no transaction, and RESET ALL passes it over.
+        # The seed of random() is in no transaction, and RESET ALL does not reset it.
         seed = f"SET seed = {_random.uniform(-1, 1):f}"
         if command == "ROLLBACK":
             return f"ROLLBACK;{_RESET_ALWAYS};{seed}"

@@ -229,7 +229,7 @@ class Pool:
     def reject(self, connection: PooledConnection, failure: TodoDBError) -> None:
         """Take back a connection whose BEGIN failed as connecting can fail.
 
-        Until a connection is proven by a round trip, the pool takes the database to be down.
+        Until a round trip proves a connection, the pool treats the database as down.
         """
         self._note_failure(failure)
         connection.is_state_known = False
@@ -301,8 +301,10 @@ class Pool:
             self._drained.set()
 
     def _leave(self, waiter: _Waiter) -> None:
-        """Take a caller out of the queue who was cancelled or got an error."""
+        """Take a caller out of the queue who was cancelled or closed, or got an error."""
         future = waiter.connection
+        # Only a coroutine that was closed, and not cancelled, has left it pending.
+        future.cancel()
         if waiter in self._waiters:
             self._waiters.remove(waiter)
         if not future.cancelled() and future.exception() is None:
@@ -446,7 +448,7 @@ class Pool:
         )
 
     def _note_failure(self, failure: TodoDBError) -> None:
-        """Take the database to be down, and put the next attempt to connect off, by full jitter."""
+        """Note that the database is down, and delay the next attempt to connect, by full jitter."""
         self._failure = failure
         # Only attempts to connect are counted: many transactions can fail at one moment.
         self._failures = max(self._failures, 1)

@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 
 from fastapi import Depends, Header, Security
@@ -13,7 +13,7 @@ from fastapi.openapi.models import SecurityBase as SecurityModel
 from fastapi.security.base import SecurityBase
 from starlette.requests import HTTPConnection
 
-from todo_db import inputs
+from todo_db import inputs, trust
 from todo_db.authenticator import Authenticator, Identity
 from todo_db.database import Database
 from todo_db.errors import (
@@ -24,11 +24,10 @@ from todo_db.errors import (
     NotFoundError,
 )
 from todo_db.origins import can_change_something
+from todo_db.pagination import EPOCH, MICROSECOND
 from todo_db.records import TaskRecord, UserRecord
 from todo_db.repositories import TaskRepository, UserRepository
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
 _ETAG: Final = re.compile(r'"(-?[0-9]{1,18})"')
 # A CHECK constraint refuses it, so no row has it.
 _NO_VERSION: Final = datetime(1, 1, 1, tzinfo=UTC)
@@ -39,10 +38,6 @@ _NO_LIFESPAN: Final = (
     "no Database was opened for this request: give the outermost FastAPI `lifespan=lifespan()` of"
     " todo_db.fastapi, or enter it in the lifespan that it has. httpx.ASGITransport does not run a"
     " lifespan; TestClient runs it in a `with` block"
-)
-_NOT_SET: Final = (
-    "BETTER_AUTH_SECRET and BETTER_AUTH_URL must be set, or NEON_AUTH_BASE_URL, or"
-    " TODO_DB_JWKS_URL and TODO_DB_JWT_ISSUER"
 )
 
 _logger: Final = logging.getLogger(__name__)
@@ -65,7 +60,7 @@ COOKIE: Final = _Scheme(
     APIKey.model_validate(
         {
             "in": APIKeyIn.cookie,
-            "name": "better-auth.session_token",
+            "name": trust.COOKIE,
             "description": "Better Auth's cookie; with https its name begins with `__Secure-`",
         }
     ),
@@ -134,7 +129,7 @@ async def current_identity(
     """
     authenticator: Authenticator | None = _opened(connection, "todo_authenticator")
     if authenticator is None:
-        raise ConfigurationError(_NOT_SET)
+        raise ConfigurationError(trust.NOT_SET)
     headers = connection.headers
     identity = await authenticator.identity(
         cookie="; ".join(headers.getlist("cookie")), authorization=headers.get("authorization")
@@ -239,7 +234,7 @@ Users = Annotated[UserRepository, Depends(repository(UserRepository))]
 
 def etag(record: TaskRecord | UserRecord) -> str:
     """Return the version of a record, for the header `ETag`."""
-    return f'"{(record.updated_at - _EPOCH) // _MICROSECOND}"'
+    return f'"{(record.updated_at - EPOCH) // MICROSECOND}"'
 
 
 def _if_match(
@@ -250,7 +245,7 @@ def _if_match(
     version = _ETAG.fullmatch(value.strip())
     if version is not None:
         with suppress(OverflowError):
-            return _EPOCH + int(version[1]) * _MICROSECOND
+            return EPOCH + int(version[1]) * MICROSECOND
     # A weak ETag, a list of ETags, or another format. The repository refuses it, and not this
     # function, which may run before the credential is checked.
     return _NO_VERSION

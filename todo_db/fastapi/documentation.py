@@ -29,7 +29,8 @@ def document_security(app: FastAPI) -> None:
         document = copy.deepcopy(original())
         override = app.dependency_overrides.get(current_user_id)
         if override is not None:
-            instead = {scheme.scheme_name: scheme for scheme in _schemes(_dependant(override))}
+            dependant = Dependant(dependencies=[get_dependant(path="/", call=override)])
+            instead = {scheme.scheme_name: scheme for scheme in _schemes(dependant)}
             _replace(document, {BEARER.scheme_name, COOKIE.scheme_name}, instead)
             return document
         trust: Trust | None = getattr(app.state, "todo_trust", None)
@@ -41,11 +42,6 @@ def document_security(app: FastAPI) -> None:
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation does it
-
-
-def _dependant(call: Any) -> Dependant:  # noqa: ANN401  # any callable
-    dependant = get_dependant(path="/", call=call)
-    return Dependant(dependencies=[dependant])
 
 
 def _schemes(dependant: Dependant) -> Iterator[SecurityBase]:

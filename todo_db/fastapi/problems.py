@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from http import HTTPStatus
 from http.client import responses
 from math import ceil
@@ -13,7 +14,7 @@ from fastapi.utils import is_body_allowed_for_status_code
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
-from starlette.websockets import WebSocket, WebSocketState
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from todo_db.errors import (
     ConflictError,
@@ -111,16 +112,21 @@ _CLOSE_CODES: Final = {
 
 
 async def answer_error(connection: HTTPConnection, error: Exception) -> Response | None:
-    """Answer an error of the package. A WebSocket is refused, or closed if it is open."""
+    """Answer an error of the package. A WebSocket is refused, or closed unless it is already."""
     response = _error_response(error)
     if not isinstance(connection, WebSocket):
         return response
+    if connection.application_state is WebSocketState.DISCONNECTED:
+        # The handler has closed it, and the server would refuse to send more.
+        return None
     is_open = connection.application_state is not WebSocketState.CONNECTING
-    if is_open or "websocket.http.response" not in connection.scope.get("extensions", {}):
-        code = _CLOSE_CODES.get(HTTPStatus(response.status_code), _POLICY_VIOLATION)
-        await connection.close(code, HTTPStatus(response.status_code).phrase)
-    else:
-        await connection.send_denial_response(response)
+    # The client may have gone.
+    with suppress(WebSocketDisconnect):
+        if is_open or "websocket.http.response" not in connection.scope.get("extensions", {}):
+            code = _CLOSE_CODES.get(HTTPStatus(response.status_code), _POLICY_VIOLATION)
+            await connection.close(code, HTTPStatus(response.status_code).phrase)
+        else:
+            await connection.send_denial_response(response)
     return None
 
 

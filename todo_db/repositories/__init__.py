@@ -1,4 +1,4 @@
-"""The repositories: the only code that builds SQL statements.
+"""The repositories: the only code that reads and writes the rows of users.
 
 An application writes repositories of its own in the same way (`docs/how-to/own-tables.md`).
 """

@@ -84,8 +84,8 @@ class TaskRepository:
     - `InvalidInputError`, before any SQL, for an argument that cannot be stored.
     - `IsolationError`, for a `user_id` that is not the transaction's.
     - `UnavailableError`, if the database did not accept the call. Nothing was applied.
-    - `OutcomeUnknownError`, on a `Database`, if the connection broke during the COMMIT of a
-      change that is not idempotent, or if no retry of an idempotent one succeeded.
+    - `OutcomeUnknownError`, on a `Database`, if no answer came to a change that is not idempotent,
+      or if no retry of an idempotent one succeeded.
 
     Args:
         executor: A `Database` or a `Transaction`.
@@ -317,8 +317,7 @@ class TaskRepository:
         if expected_updated_at is not None:
             values["expected"] = inputs.timestamp("expected_updated_at", expected_updated_at)
         if not new:
-            operation = Operation(_GET, {"task_id": values["task_id"]}, _one, Retry.READ_ONLY)
-            task = await self._executor.perform(user_id, operation)
+            task = await self.get(user_id, task_id)
             if values.get("expected", task.updated_at) != task.updated_at:
                 raise StaleTaskError
             return task

@@ -55,7 +55,7 @@ class Answer:
 
 
 def differences(name: str, found: Answer, absent: Answer, other: Answer) -> Iterator[str]:
-    """Yield what tells an id that exists from two that do not."""
+    """Yield how the answer for an id that exists differs from those for two that do not."""
     unstable = f"answers differently to two values of {name} that do not exist: name it in skip="
     if absent.status != other.status:
         yield unstable

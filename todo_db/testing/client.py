@@ -23,8 +23,7 @@ type Headers = Callable[[str], Mapping[str, str]]
 _USER: Final = "x-todo-db-user"
 _FORM: Final = "application/x-www-form-urlencoded"
 _FILES: Final = "multipart/form-data"
-# Seconds.
-_PATIENCE: Final = 10.0
+_PATIENCE_SECONDS: Final = 10.0
 
 
 class Unreachable(Exception):  # noqa: N818  # a reason, not a fault of the program
@@ -94,7 +93,7 @@ class Client:
         """
         headers = {**request.headers, **self.headers(user)}
         try:
-            async with asyncio.timeout(_PATIENCE):
+            async with asyncio.timeout(_PATIENCE_SECONDS):
                 return await self.http.request(
                     request.method,
                     request.path,
@@ -104,7 +103,7 @@ class Client:
                 )
         except TimeoutError:
             raise Unreachable(
-                f"its answer does not end in {_PATIENCE:g} s: name it in skip="
+                f"its answer does not end in {_PATIENCE_SECONDS:g} s: name it in skip="
             ) from None
 
 

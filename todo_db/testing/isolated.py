@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from itertools import count
 from secrets import token_hex
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 from uuid import UUID, uuid4
 
@@ -83,8 +84,6 @@ async def assert_isolated(  # noqa: PLR0913  # what an API may need
         AssertionError: Each operation that leaks, or that was not reached, and why.
     """
     async with opened(app, headers) as (client, database):
-        for user in (alice, mallory):
-            await database.users.ensure(user, email=f"{user}@example.org", name=user)
         document = Document(app.openapi(), bodies or {})
         walk = _Walk(client, database, document, (alice, mallory), ids or {})
         seen = {each.name for each in document.operations}
@@ -124,6 +123,7 @@ class _Walk:
         self._numbers = count(1)
 
     async def failures(self, skip: Collection[str]) -> AsyncGenerator[str]:
+        await self._ensure_users()
         called = [each for each in self._document.operations if each.name not in skip]
         self._creators = [each for each in called if await self._creates(each)]
         for operation in called:
@@ -246,7 +246,7 @@ class _Walk:
         user: str,
         operation: Operation,
         ids: Mapping[str, Id],
-        extra: Mapping[str, object] | None = None,
+        extra: Mapping[str, object] = MappingProxyType({}),
         content: str = "",
     ) -> "Response":
         # Other texts in each request, because names may have to be unique.
@@ -258,7 +258,7 @@ class _Walk:
         self,
         operation: Operation,
         ids: Mapping[str, Id],
-        extra: Mapping[str, object] | None = None,
+        extra: Mapping[str, object] = MappingProxyType({}),
         content: str = "",
     ) -> Answer:
         return Answer.of(await self._send(self._mallory, operation, ids, extra, content), ids)
@@ -280,9 +280,9 @@ class _Walk:
             }
 
     async def _make_ids(
-        self, operation: Operation, user: str, made: Mapping[str, Id] | None = None
+        self, operation: Operation, user: str, made: Mapping[str, Id] = MappingProxyType({})
     ) -> dict[str, Id]:
-        ids = dict(made or {})
+        ids = dict(made)
         for name in self._document.id_names(operation, self._ids):
             if name not in ids:
                 ids[name] = await self._make_id(operation, name, user, ids)

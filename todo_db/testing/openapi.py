@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf
+from types import MappingProxyType
 from typing import Any, Final, cast
 from uuid import uuid4
 
@@ -80,7 +81,7 @@ class Document:
         operation: Operation,
         ids: Mapping[str, Id],
         content: str,
-        extras: Mapping[str, object] | None = None,
+        extras: Mapping[str, object] = MappingProxyType({}),
     ) -> Request:
         """Return a request with the ids and the extras; each text of its body is `content`."""
         path = operation.path
@@ -88,8 +89,8 @@ class Document:
         headers: dict[str, str] = {}
         for parameter in operation.parameters:
             name, place = parameter["name"], parameter["in"]
-            if name in (extras or {}):
-                value = (extras or {})[name]
+            if name in extras:
+                value = extras[name]
             elif _one(name) in ids or parameter.get("required"):
                 value = self._sample(parameter.get("schema", {}), ids, content, name)
             else:
