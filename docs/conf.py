@@ -32,7 +32,8 @@ nitpick_ignore_regex = [
     # What other packages define, and aliases, which are explained in place.
     (
         "py:.*",
-        r"(collections|contextlib|datetime|fastapi|pathlib|pydantic|re|sqlalchemy|starlette)\..*",
+        r"(collections|contextlib|datetime|fastapi|opentelemetry|pathlib|pydantic|re|sqlalchemy"
+        r"|starlette)\..*",
     ),
     ("py:.*", r"FastAPI|CommandError|datetime|[A-Z]"),
     ("py:.*", r"todo_db\.\w+\.(\w+\.)?(Headers|Include|Key|Make|MakeId|Scope)"),
