@@ -30,11 +30,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", ".*"),
     # What other packages define, and aliases, which are explained in place.
-    (
-        "py:.*",
-        r"(collections|contextlib|datetime|fastapi|opentelemetry|pathlib|pydantic|re|sqlalchemy"
-        r"|starlette)\..*",
-    ),
+    ("py:.*", r"(collections|contextlib|datetime|fastapi|opentelemetry|pathlib|pydantic)\..*"),
+    ("py:.*", r"(re|sqlalchemy|starlette)\..*"),
     ("py:.*", r"FastAPI|CommandError|datetime|[A-Z]"),
     ("py:.*", r"todo_db\.\w+\.(\w+\.)?(Headers|Include|Key|Make|MakeId|Scope)"),
 ]
