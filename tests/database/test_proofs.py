@@ -44,6 +44,7 @@ from todo_db.fence import RULE, FenceOptions, fence_of, fence_sql, kind_of, shar
 from todo_db.models import Owned, Shared, Task, Timestamps, owned_reference
 from todo_db.records import TaskRecord
 from todo_db.testing import assert_fenced, assert_isolated, count_round_trips
+from todo_db.testing.answers import Answer, differences
 from todo_db.testing.fenced import _value
 from todo_db.testing.isolated import _missing
 from todo_db.testing.openapi import Document
@@ -496,6 +497,20 @@ class TestAssertIsolated:
         with pytest.raises(AssertionError, match="POST /painted: has another body for alice's"):
             await assert_isolated(api, bodies={"POST /painted": {"color": "#ff0000"}})
 
+    async def test_makes_what_is_inside_of_what_it_made(self, api: FastAPI) -> None:
+        async def creates_inside(tasks: Tasks, user_id: CurrentUserId, task_id: int) -> TaskRecord:
+            return await tasks.create(user_id, f"of {(await tasks.get(user_id, task_id)).id}")
+
+        async def is_inside(
+            tasks: Tasks, user_id: CurrentUserId, task_id: int, note_id: int
+        ) -> TaskRecord:
+            await tasks.get(user_id, task_id)
+            return await tasks.get(user_id, note_id)
+
+        api.post("/tasks/{task_id}/notes")(creates_inside)
+        api.get("/tasks/{task_id}/notes/{note_id}")(is_inside)
+        await assert_isolated(api)
+
     async def test_allows_an_answer_that_changes_by_itself(self, api: FastAPI) -> None:
         api.get("/time")(has_the_time)
         await assert_isolated(api)
@@ -557,8 +572,28 @@ class TestAssertIsolated:
             await assert_isolated(FastAPI())
 
 
+class TestAnswer:
+    def test_of_two_missing_ids_must_have_one_status(self) -> None:
+        found, absent, other = (Answer(status, {}, "") for status in (404, 404, 500))
+        [told] = differences("task_id", found, absent, other)
+        assert told.startswith("answers differently to two values of task_id that do not exist")
+
+
 class TestDocument:
     """Requests are made of the schemas."""
+
+    @pytest.mark.parametrize(
+        ("schema", "choices"),
+        [
+            ({"type": "array", "items": {"type": "boolean"}}, [[True], [False]]),
+            ({"type": "object"}, [{}]),
+            ({"enum": ["red", "blue"]}, ["red", "blue"]),
+        ],
+    )
+    def test_choices_are_those_of_the_type(
+        self, schema: dict[str, Any], choices: list[object]
+    ) -> None:
+        assert Document({"paths": {}}, {})._choices(schema, []) == choices
 
     SCHEMA: Final[dict[str, Any]] = {
         "type": "object",

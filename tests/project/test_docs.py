@@ -98,8 +98,10 @@ def showing(language: str) -> list[object]:
 
 
 def compiled(source: str, page: Path) -> CodeType:
+    # Not the path: coverage would take the lines of an example for those of its module.
+    name = f"<{page.name}>"
     code: CodeType = compile(
-        source, str(page), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
+        source, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
     )
     return code
 
