@@ -502,7 +502,7 @@ class TestGrantColumns:
         before = await app.snapshot()
         tasks = extended.tables["tasks"]
         tasks.append_column(Column("due", Text))
-        tasks.append_column(Column("size", Integer, Computed("length(title)", persisted=True)))
+        tasks.append_column(Column("square", BigInteger, Computed("id * id", persisted=True)))
         Index("ix_tasks_due", tasks.c.user_id, tasks.c.due)
         extended.tables["users"].append_column(Column("zone", Text))
         extended.tables["sessions"].append_column(Column("device", Text))
@@ -537,7 +537,7 @@ class TestGrantColumns:
         ("plant", "found"),
         [
             ("REVOKE UPDATE (due) ON tasks FROM todo_app", "op.grant_columns('tasks', update="),
-            ("GRANT INSERT (size) ON tasks TO todo_app", "op.revoke_columns('tasks', insert="),
+            ("GRANT INSERT (square) ON tasks TO todo_app", "op.revoke_columns('tasks', insert="),
         ],
     )
     async def test_are_checked(
@@ -545,7 +545,7 @@ class TestGrantColumns:
     ) -> None:
         tasks = extended.tables["tasks"]
         tasks.append_column(Column("due", Text))
-        tasks.append_column(Column("size", Integer, Computed("length(title)", persisted=True)))
+        tasks.append_column(Column("square", BigInteger, Computed("id * id", persisted=True)))
         await app.migrate(extended)
         await app.execute(plant)
         [difference] = await app.differences(extended)
