@@ -784,7 +784,9 @@ class SmallDisk:
 
 # A program for another Python process, which a signal ends during a transaction.
 _VICTIM: Final = """
-import asyncio, sys
+import asyncio, signal, sys
+# A shell ignores it for what it starts in the background, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from sqlalchemy import text
 from todo_db import Database
 
