@@ -284,12 +284,12 @@ class Database:
         self, user_id: str, operation: Operation[T], call: Call | None
     ) -> T:
         statement = operation.statement.alone
+        arguments = statement.arguments(user_id, operation.values)
         is_change = operation.retry is not Retry.READ_ONLY
         was_unknown = False
 
         async def attempt() -> T:
             nonlocal was_unknown
-            arguments = statement.arguments(user_id, operation.values)
             try:
                 rows = await autocommit.fetch(
                     self._pool, statement.sql, arguments, is_change=is_change, call=call
