@@ -147,3 +147,13 @@ async def database_through_proxy(db: Database, proxy: Proxy) -> AsyncGenerator[D
     assert (await db.users.get("alice")).id == "alice"
     async with Database.from_url(proxy.url, pool_size=1, max_overflow=0) as database:
         yield database
+
+
+@pytest_asyncio.fixture
+async def database_without_retries(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
+    """The same, with every call tried once."""
+    assert (await db.users.get("alice")).id == "alice"
+    async with Database.from_url(
+        proxy.url, pool_size=1, max_overflow=0, retry_attempts=1
+    ) as database:
+        yield database

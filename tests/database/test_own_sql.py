@@ -447,16 +447,6 @@ def login() -> str:
     return LOGIN
 
 
-@pytest_asyncio.fixture
-async def database_through_proxy(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
-    """alice's and bob's database by way of the proxy: one connection, every call tried once."""
-    assert (await db.users.get("alice")).id == "alice"
-    async with Database.from_url(
-        proxy.url, pool_size=1, max_overflow=0, retry_attempts=1
-    ) as database:
-        yield database
-
-
 async def context(tx: Transaction) -> tuple[Any, ...]:
     sql = "SELECT current_user, current_setting('todo_db.user_id', true)"
     row = (await tx.execute(text(sql))).one()
@@ -466,9 +456,9 @@ async def context(tx: Transaction) -> tuple[Any, ...]:
 class TestText:
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
     async def test_T1_forbidden_one_is_refused_in_every_executable_before_any_sql(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
-        async with database_through_proxy.transaction("alice") as tx:
+        async with database_without_retries.transaction("alice") as tx:
             before = len(proxy.sent)
             for name, build in EXECUTABLES.items():
                 for sql in FORBIDDEN:
@@ -477,13 +467,13 @@ class TestText:
             assert len(proxy.sent) == before
             assert await context(tx) == ("todo_app", "alice")
             await tx.tasks.create("alice", "stored")
-        assert await database_through_proxy.tasks.count("alice") == 1
+        assert await database_without_retries.tasks.count("alice") == 1
 
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
     async def test_T1_forbidden_one_is_refused_at_every_door_before_any_sql(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
-        async with database_through_proxy.transaction("alice") as tx:
+        async with database_without_retries.transaction("alice") as tx:
             before = len(proxy.sent)
             for attempt in DOORS.values():
                 for sql in FORBIDDEN:
@@ -492,13 +482,13 @@ class TestText:
             assert len(proxy.sent) == before
             assert await context(tx) == ("todo_app", "alice")
             await tx.tasks.create("alice", "stored")
-        assert await database_through_proxy.tasks.count("alice") == 1
+        assert await database_without_retries.tasks.count("alice") == 1
 
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
     async def test_T1_every_element_that_changes_the_schema_is_refused_before_any_sql(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
-        async with database_through_proxy.transaction("alice") as tx:
+        async with database_without_retries.transaction("alice") as tx:
             before = len(proxy.sent)
             for statement in STRUCTURES.values():
                 with pytest.raises(TransactionError, match="begins with"):
@@ -520,15 +510,15 @@ class TestText:
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
     @pytest.mark.parametrize("sql", HIDDEN)
     async def test_T1_second_statement_is_refused_by_the_server(
-        self, database_through_proxy: Database, owner: Connection, sql: str
+        self, database_without_retries: Database, owner: Connection, sql: str
     ) -> None:
         for build in (text, lambda sql: select(Task).from_statement(text(sql))):
             with pytest.raises(TransactionAbortedError):
-                async with database_through_proxy.transaction("alice") as tx:
+                async with database_without_retries.transaction("alice") as tx:
                     await tx.tasks.create("alice", "lost")
                     with pytest.raises((SQLAlchemyError, TodoDBError)):
                         await tx.execute(build(sql))
-            async with database_through_proxy.transaction("bob") as tx:
+            async with database_without_retries.transaction("bob") as tx:
                 assert await context(tx) == ("todo_app", "bob")
         assert await owner.fetchval("SELECT count(*) FROM tasks") == 0
 
@@ -576,10 +566,10 @@ class TestDoors:
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
     @pytest.mark.parametrize("escape", list(ESCAPES))
     async def test_T1_way_out_of_the_transaction_is_refused_and_it_goes_on(
-        self, database_through_proxy: Database, proxy: Proxy, escape: str
+        self, database_without_retries: Database, proxy: Proxy, escape: str
     ) -> None:
         for level in ("AUTOCOMMIT", "SERIALIZABLE"):
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 await tx.tasks.create("alice", "stored once")
                 before = len(proxy.sent)
                 for _ in range(2):
@@ -587,18 +577,18 @@ class TestDoors:
                         await ESCAPES[escape](tx, level)
                 assert len(proxy.sent) == before
                 assert await context(tx) == ("todo_app", "alice")
-            async with database_through_proxy.transaction("bob") as tx:
+            async with database_without_retries.transaction("bob") as tx:
                 assert await context(tx) == ("todo_app", "bob")
-        assert await database_through_proxy.tasks.count("alice") == 2
+        assert await database_without_retries.tasks.count("alice") == 2
         assert proxy.connections == 1
 
     async def test_T1_isolation_level_of_a_session_that_did_nothing_yet(
-        self, database_through_proxy: Database
+        self, database_without_retries: Database
     ) -> None:
-        async with database_through_proxy.transaction("alice") as tx:
+        async with database_without_retries.transaction("alice") as tx:
             with pytest.raises((TransactionError, SQLAlchemyError)):
                 await _isolation_of_session(tx, "SERIALIZABLE")
-        async with database_through_proxy.transaction("bob") as tx:
+        async with database_without_retries.transaction("bob") as tx:
             assert await context(tx) == ("todo_app", "bob")
 
     async def test_T1_driver_is_not_given_away(self, db: Database) -> None:
@@ -610,9 +600,9 @@ class TestDoors:
                     await connection.get_raw_connection()
 
     async def test_T1_isolation_level_is_told_without_sql(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
-        async with database_through_proxy.transaction("alice") as tx:
+        async with database_without_retries.transaction("alice") as tx:
             before = len(proxy.sent)
             connection = await _connection(tx)
             assert await connection.get_isolation_level() == "READ COMMITTED"
@@ -629,9 +619,9 @@ class TestDoors:
                 _ = await stranger.begin_nested()
 
     async def test_T1_nothing_is_sent_after_the_end(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
-        async with database_through_proxy.transaction("alice") as tx:
+        async with database_without_retries.transaction("alice") as tx:
             connection = await _connection(tx)
             streamed = await tx.session().stream(text("SELECT generate_series(1, 1000)"))
             assert await streamed.fetchmany(10)
@@ -917,12 +907,12 @@ class TestHealing:
     @pytest.mark.parametrize("way", ["execute", "session", "stream", "entity", "many"])
     async def test_T5_stale_statement_is_run_again_by_run_and_never_fails_for_ever(
         self,
-        database_through_proxy: Database,
+        database_without_retries: Database,
         owner: Connection,
         way: str,
         break_it: Callable[[Connection, Database], Awaitable[object]],
     ) -> None:
-        db = database_through_proxy
+        db = database_without_retries
         await owner.execute("ALTER TABLE tasks DROP CONSTRAINT ck_tasks_title_not_blank")
         every = text("SELECT * FROM tasks ORDER BY id")
 
@@ -1021,9 +1011,9 @@ _MISTAKES: Final[dict[str, Callable[[Transaction], Awaitable[object]]]] = {
 class TestMistakes:
     @pytest.mark.parametrize("mistake", list(_MISTAKES))
     async def test_T6_statement_that_cannot_be_sent_changes_nothing(
-        self, database_through_proxy: Database, mistake: str
+        self, database_without_retries: Database, mistake: str
     ) -> None:
-        db = database_through_proxy
+        db = database_without_retries
         async with db.transaction("alice") as tx:
             await tx.tasks.create("alice", "before")
             with pytest.raises(SQLAlchemyError) as caught:
@@ -1047,12 +1037,12 @@ class TestMistakes:
     @pytest.mark.parametrize("returning", [False, True])
     async def test_T6_many_rows_with_a_wrong_one_store_none(
         self,
-        database_through_proxy: Database,
+        database_without_retries: Database,
         owner: Connection,
         count: int,
         returning: bool,  # noqa: FBT001
     ) -> None:
-        db = database_through_proxy
+        db = database_without_retries
         rows: list[dict[str, object]] = [
             {"user_id": "alice", "title": f"row {number}"} for number in range(count)
         ]
@@ -1073,9 +1063,9 @@ class TestMistakes:
                 assert await context(tx) == ("todo_app", "alice")
 
     async def test_T6_many_rows_of_text_with_a_wrong_one_store_none(
-        self, database_through_proxy: Database, owner: Connection
+        self, database_without_retries: Database, owner: Connection
     ) -> None:
-        db = database_through_proxy
+        db = database_without_retries
         statement = text("INSERT INTO tasks (user_id, title) VALUES ('alice', :title)")
         for rows in (["first", 5], ["first", None], ["first", "x" * 201], [*"abc", 5, *"def"]):
             with suppress(TransactionAbortedError):

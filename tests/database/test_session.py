@@ -2,7 +2,7 @@
 
 import asyncio
 import traceback
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime
 from typing import Any, Final
@@ -46,16 +46,6 @@ def login() -> str:
 async def db(db: Database, owner: Connection) -> Database:
     await labels.create_tables(owner)
     return db
-
-
-@pytest_asyncio.fixture
-async def database_through_proxy(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
-    """alice's and bob's database by way of the proxy: one connection, every call tried once."""
-    assert (await db.users.get("alice")).id == "alice"
-    async with Database.from_url(
-        proxy.url, pool_size=1, max_overflow=0, retry_attempts=1
-    ) as database:
-        yield database
 
 
 async def stored(owner: Connection) -> list[tuple[str, str]]:
@@ -229,15 +219,15 @@ class TestStream:
                     await tx.tasks.count("alice")
 
     async def test_that_loses_its_connection_is_unavailable(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
         with pytest.raises(UnavailableError):
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 streamed = await tx.session().stream(text("SELECT generate_series(1, 3000)"))
                 await streamed.fetchmany(10)
                 proxy.break_at(b"portal", Fault.CUT_BEFORE)
                 await streamed.fetchall()
-        assert await database_through_proxy.tasks.count("alice") == 0
+        assert await database_without_retries.tasks.count("alice") == 0
 
 
 class TestBlock:
@@ -306,9 +296,9 @@ class TestBlock:
         assert await stored(owner) == []
 
     async def test_session_is_of_no_use_after_it(
-        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
+        self, database_without_retries: Database, proxy: Proxy, owner: Connection
     ) -> None:
-        async with database_through_proxy.transaction("alice") as tx:
+        async with database_without_retries.transaction("alice") as tx:
             session = tx.session()
             session.add(Label(name="home"))
         before = len(proxy.sent)
@@ -344,13 +334,13 @@ class TestEnd:
     @pytest.mark.parametrize("inside", [False, True])
     async def test_is_the_blocks_and_not_the_sessions(
         self,
-        database_through_proxy: Database,
+        database_without_retries: Database,
         proxy: Proxy,
         owner: Connection,
         call: str,
         inside: bool,  # noqa: FBT001
     ) -> None:
-        async with database_through_proxy.transaction("alice") as tx:
+        async with database_without_retries.transaction("alice") as tx:
             session = tx.session()
             session.add(Label(name="one"))
             if inside:
@@ -391,10 +381,10 @@ class TestOwner:
 
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
     async def test_other_than_the_transactions_is_refused_before_any_sql(
-        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
+        self, database_without_retries: Database, proxy: Proxy, owner: Connection
     ) -> None:
         theirs = await plant(owner, "bob", "bob's")
-        async with database_through_proxy.transaction("alice") as tx:
+        async with database_without_retries.transaction("alice") as tx:
             session = tx.session()
             before = len(proxy.sent)
             with pytest.raises(IsolationError):
@@ -415,11 +405,11 @@ class TestOwner:
         assert await stored(owner) == [("bob", "bob's"), ("alice", "alice's")]
 
     async def test_that_is_changed_is_refused_before_any_sql(
-        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
+        self, database_without_retries: Database, proxy: Proxy, owner: Connection
     ) -> None:
         mine = await plant(owner, "alice", "mine")
         with pytest.raises(IsolationError):
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 label = await tx.session().get_one(Label, mine)
                 before = len(proxy.sent)
                 label.user_id = "bob"
@@ -427,7 +417,7 @@ class TestOwner:
                     await tx.session().flush()
                 assert len(proxy.sent) == before
         with pytest.raises(IsolationError):
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 pending = Label(name="new")
                 tx.session().add(pending)
                 pending.user_id = "bob"
@@ -799,9 +789,9 @@ class TestErrors:
 
 class TestCascade:
     async def test_deletes_children_by_the_database_without_loading_them(
-        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
+        self, database_without_retries: Database, proxy: Proxy, owner: Connection
     ) -> None:
-        db = database_through_proxy
+        db = database_without_retries
         async with db.transaction("alice") as tx:
             label = Label(name="parent", notes=[Note(body="one"), Note(body="two")])
             tx.session().add(label)
@@ -879,11 +869,11 @@ class TestRoundTrips:
     """Statements are prepared once for each connection; that costs one round trip more."""
 
     async def test_each_statement_is_one(  # noqa: C901  # many small functions
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
         async def turns(work: Callable[[Transaction], Awaitable[object]]) -> int:
             before = proxy.round_trips
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 await work(tx)
             return proxy.round_trips - before - 2
 

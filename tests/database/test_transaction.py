@@ -2,13 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any, Final
 
 import asyncpg
 import pytest
-import pytest_asyncio
 from cluster import Cluster
 from driver import Connection
 from proxy import BEGIN, COMMIT, ROLLBACK, Fault, Proxy, until
@@ -73,16 +71,6 @@ def login() -> str:
     return LOGIN
 
 
-@pytest_asyncio.fixture
-async def database_through_proxy(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
-    """alice's and bob's database by way of the proxy: one connection, every call tried once."""
-    assert (await db.users.get("alice")).id == "alice"
-    async with Database.from_url(
-        proxy.url, pool_size=1, max_overflow=0, retry_attempts=1
-    ) as database:
-        yield database
-
-
 async def context(tx: Transaction) -> Row[Any]:
     return (await tx.execute(text(CONTEXT))).one()
 
@@ -137,10 +125,10 @@ class TestContext:
             )
 
     async def test_begin_is_one_message(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
         before = len(proxy.sent)
-        async with database_through_proxy.transaction("alice"):
+        async with database_without_retries.transaction("alice"):
             sent = bytes(proxy.sent[before:])
         # A simple query is its type, the length of all that follows, and text up to a NUL.
         assert sent[:1] == b"Q"
@@ -151,17 +139,17 @@ class TestContext:
 
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
     async def test_E7_gone_after_an_error_too(
-        self, database_through_proxy: Database, login: str
+        self, database_without_retries: Database, login: str
     ) -> None:
         with pytest.raises(LookupError):
-            async with database_through_proxy.transaction("alice"):
+            async with database_without_retries.transaction("alice"):
                 raise LookupError
-        assert await context_left(database_through_proxy) == (login, "")
+        assert await context_left(database_without_retries) == (login, "")
         with pytest.raises(TransactionAbortedError):
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 with suppress(DBAPIError):
                     await tx.execute(text("SELECT 1 / 0"))
-        assert await context_left(database_through_proxy) == (login, "")
+        assert await context_left(database_without_retries) == (login, "")
 
     async def test_E10_hostile_user_ids_are_only_ids(
         self, database: Database, owner: Connection
@@ -178,29 +166,29 @@ class TestContext:
         assert {row["id"] for row in await owner.fetch("SELECT id FROM users")} == set(HOSTILE)
 
     async def test_E10_impossible_user_ids_are_refused_before_any_sql(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
         before = proxy.round_trips
         impossible: list[Any] = ["", " ", "nul\x00", "\ud800", "x" * 256, None, 5]
         for user in impossible:
             with pytest.raises(InvalidInputError):
-                async with database_through_proxy.transaction(user):
+                async with database_without_retries.transaction(user):
                     pytest.fail("it began")
         assert proxy.round_trips == before
 
 
 class TestBegin:
     async def test_F05_lost_connection_is_replaced(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
         for fault in (Fault.CUT_BEFORE, Fault.CUT_AFTER):
             proxy.break_at(BEGIN, fault)
             with pytest.raises(UnavailableError) as caught:
-                async with database_through_proxy.transaction("alice"):
+                async with database_without_retries.transaction("alice"):
                     pytest.fail("it began")
             assert caught.value.transient
-            assert database_through_proxy._pool.status.in_use == 0
-            assert (await database_through_proxy.users.get("alice")).id == "alice"
+            assert database_without_retries._pool.status.in_use == 0
+            assert (await database_without_retries.users.get("alice")).id == "alice"
 
     async def test_F05_is_tried_again(self, db: Database, proxy: Proxy) -> None:
         async with Database.from_url(proxy.url) as patient:
@@ -254,9 +242,9 @@ class TestBegin:
 
 class TestUser:
     async def test_another_user_is_refused_before_any_sql(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
-        async with database_through_proxy.transaction("alice") as tx:
+        async with database_without_retries.transaction("alice") as tx:
             for call in (
                 tx.tasks.create("bob", "for bob"),
                 tx.tasks.get("bob", 1),
@@ -268,7 +256,7 @@ class TestUser:
                     await call
                 assert proxy.round_trips == before
             task = await tx.tasks.create("alice", "for alice")
-        assert (await database_through_proxy.tasks.get("alice", task.id)).title == "for alice"
+        assert (await database_without_retries.tasks.get("alice", task.id)).title == "for alice"
 
 
 class TestEnd:
@@ -285,9 +273,9 @@ class TestEnd:
         assert await titles(owner) == ["one", "two"]
 
     async def test_nothing_works_after_it(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
-        async with database_through_proxy.transaction("alice") as tx:
+        async with database_without_retries.transaction("alice") as tx:
             pass
         before = proxy.round_trips
         for call in (
@@ -301,31 +289,31 @@ class TestEnd:
         assert proxy.round_trips == before
 
     async def test_Z1_swallowed_error_is_no_success(
-        self, database_through_proxy: Database, owner: Connection, proxy: Proxy
+        self, database_without_retries: Database, owner: Connection, proxy: Proxy
     ) -> None:
         with pytest.raises(TransactionAbortedError):
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 await swallow_an_error(tx)
         assert await titles(owner) == []
         assert proxy.connections == 1
 
     async def test_Z1_answer_of_the_commit_is_read(
-        self, database_through_proxy: Database, owner: Connection
+        self, database_without_retries: Database, owner: Connection
     ) -> None:
         with pytest.raises(TransactionAbortedError):
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 with suppress(asyncpg.PostgresError):  # behind the transaction's back
                     await tx._gate.connection.driver.execute("SELECT 1 / 0")
         assert await titles(owner) == []
-        assert await database_through_proxy.tasks.count("alice") == 0
+        assert await database_without_retries.tasks.count("alice") == 0
 
     async def test_Z1_no_statement_follows_a_swallowed_error(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
         with pytest.raises(LookupError):
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 await swallow_an_error(tx)
                 before = proxy.round_trips
                 for call in (
@@ -339,7 +327,7 @@ class TestEnd:
                 raise LookupError
 
     async def test_F17b_verdict_on_the_commit_is_not_unknown(
-        self, database_through_proxy: Database, owner: Connection
+        self, database_without_retries: Database, owner: Connection
     ) -> None:
         await owner.execute("""
             CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
@@ -348,48 +336,48 @@ class TestEnd:
                 DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse()
         """)
         with pytest.raises(UnavailableError) as caught:
-            await database_through_proxy.tasks.create("alice", "refused")
+            await database_without_retries.tasks.create("alice", "refused")
         assert caught.value.transient
         assert await titles(owner) == []
-        assert await database_through_proxy.tasks.count("alice") == 0
+        assert await database_without_retries.tasks.count("alice") == 0
 
 
 class TestLostConnection:
     async def test_F06_before_the_commit_was_sent_nothing_is_applied(
-        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
+        self, database_without_retries: Database, proxy: Proxy, owner: Connection
     ) -> None:
         with pytest.raises(UnavailableError) as caught:
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 await proxy.cut()
                 await until(tx._gate.connection.driver.is_closed)
         assert caught.value.transient
         assert COMMIT not in proxy.sent[proxy.sent.rindex(BEGIN) :]
         assert await titles(owner) == []
-        assert await database_through_proxy.tasks.count("alice") == 0
+        assert await database_without_retries.tasks.count("alice") == 0
 
     async def test_F05_between_statements(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
         with pytest.raises(UnavailableError) as caught:
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 await tx.tasks.create("alice", "lost")
                 await proxy.cut()
                 await until(tx._gate.connection.driver.is_closed)
                 await tx.tasks.count("alice")
         assert caught.value.transient
-        assert await database_through_proxy.tasks.count("alice") == 0
+        assert await database_without_retries.tasks.count("alice") == 0
 
     async def test_F03_during_a_statement(
-        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
+        self, database_without_retries: Database, proxy: Proxy, owner: Connection
     ) -> None:
         proxy.break_at(b"slowly", Fault.CUT_AFTER)
         with pytest.raises(UnavailableError) as caught:
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 await tx.tasks.create("alice", "slowly")
         assert caught.value.transient
         assert await titles(owner) == []
-        assert await database_through_proxy.tasks.count("alice") == 0
+        assert await database_without_retries.tasks.count("alice") == 0
 
     @pytest.mark.parametrize("login", [OWNER])
     async def test_F05_killed_by_an_administrator(self, db: Database, owner: Connection) -> None:
@@ -419,7 +407,7 @@ class TestLostConnection:
     )
     async def test_Z5_during_the_commit_is_unknown(
         self,
-        database_through_proxy: Database,
+        database_without_retries: Database,
         proxy: Proxy,
         owner: Connection,
         fault: Fault,
@@ -427,10 +415,10 @@ class TestLostConnection:
     ) -> None:
         proxy.break_at(COMMIT, fault)
         with pytest.raises(OutcomeUnknownError):
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 await tx.tasks.create("alice", "maybe")
         assert await titles(owner) == stored
-        assert await database_through_proxy.tasks.count("alice") == len(stored)
+        assert await database_without_retries.tasks.count("alice") == len(stored)
 
     async def test_A7_commit_without_an_answer_is_unknown(self, db: Database, proxy: Proxy) -> None:
         async with Database.from_url(
@@ -445,42 +433,42 @@ class TestLostConnection:
         assert await db.tasks.count("alice") == 1
 
     async def test_M1_at_the_end_of_a_read_only_one_is_swallowed_and_logged(
-        self, database_through_proxy: Database, proxy: Proxy, caplog: pytest.LogCaptureFixture
+        self, database_without_retries: Database, proxy: Proxy, caplog: pytest.LogCaptureFixture
     ) -> None:
         for fault in (Fault.CUT_BEFORE, Fault.CUT_AFTER):
             caplog.clear()
             proxy.break_at(COMMIT, fault)
-            async with database_through_proxy.transaction("alice", read_only=True) as tx:
+            async with database_without_retries.transaction("alice", read_only=True) as tx:
                 assert await tx.tasks.count("alice") == 0
             assert not proxy.pending
             assert [
                 record.levelno for record in caplog.records if record.name.startswith("todo_db")
             ] == [logging.WARNING]
-            assert (await database_through_proxy.users.get("alice")).id == "alice"
+            assert (await database_without_retries.users.get("alice")).id == "alice"
 
     async def test_during_the_rollback_does_not_hide_the_error(
-        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
+        self, database_without_retries: Database, proxy: Proxy, owner: Connection
     ) -> None:
         for fault in (Fault.CUT_BEFORE, Fault.CUT_AFTER):
             proxy.break_at(ROLLBACK, fault)
             with pytest.raises(LookupError):
-                async with database_through_proxy.transaction("alice") as tx:
+                async with database_without_retries.transaction("alice") as tx:
                     await tx.tasks.create("alice", "lost")
                     raise LookupError
         assert not proxy.pending
         assert await titles(owner) == []
-        assert await database_through_proxy.tasks.count("alice") == 0
+        assert await database_without_retries.tasks.count("alice") == 0
 
 
 class TestBrokenConnection:
     async def test_savepoint_on_a_lost_connection_is_unavailable(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
         proxy.break_at(b"SAVEPOINT", Fault.CUT_BEFORE)
         with pytest.raises(UnavailableError):
-            async with database_through_proxy.transaction("alice") as tx, tx.savepoint():
+            async with database_without_retries.transaction("alice") as tx, tx.savepoint():
                 pytest.fail("the block must not run")
-        assert await database_through_proxy.tasks.count("alice") == 0
+        assert await database_without_retries.tasks.count("alice") == 0
 
     def test_O2_begin_on_a_protocol_that_broke_down_is_unavailable(self) -> None:
         failure = _begin_failure(asyncpg.InternalClientError("cannot switch to state 15"))
@@ -500,10 +488,10 @@ class TestBrokenConnection:
 
 class TestConcurrentUse:
     async def test_Z2_second_task_is_refused_before_any_sql_and_nothing_is_stored(
-        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
+        self, database_without_retries: Database, proxy: Proxy, owner: Connection
     ) -> None:
         with pytest.raises(TransactionAbortedError):
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 first, second = await asyncio.gather(
                     tx.tasks.create("alice", "first"),
                     tx.tasks.create("alice", "second"),
@@ -516,26 +504,26 @@ class TestConcurrentUse:
         assert b"second" not in proxy.sent
         assert b"third" not in proxy.sent
         assert await titles(owner) == []
-        assert await database_through_proxy.tasks.count("alice") == 0
+        assert await database_without_retries.tasks.count("alice") == 0
 
     async def test_Z2_end_while_another_task_is_at_it(
-        self, database_through_proxy: Database, owner: Connection
+        self, database_without_retries: Database, owner: Connection
     ) -> None:
         for _ in range(3):
             with pytest.raises(TransactionAbortedError):
-                async with database_through_proxy.transaction("alice") as tx:
+                async with database_without_retries.transaction("alice") as tx:
                     other = asyncio.create_task(tx.tasks.create("alice", "stray"))
                     await asyncio.sleep(0)
             with pytest.raises(TodoDBError):
                 await other
             with pytest.raises(TransactionError):
                 await tx.tasks.count("alice")
-            assert database_through_proxy._pool.status.in_use == 0
-            assert await database_through_proxy.tasks.count("alice") == 0
+            assert database_without_retries._pool.status.in_use == 0
+            assert await database_without_retries.tasks.count("alice") == 0
         assert await titles(owner) == []
 
     async def test_Z2_execute_and_savepoint_are_guarded_too(
-        self, database_through_proxy: Database
+        self, database_without_retries: Database
     ) -> None:
         async def saved(tx: Transaction) -> None:
             async with tx.savepoint():
@@ -543,12 +531,12 @@ class TestConcurrentUse:
 
         for second in (saved, context):
             with pytest.raises(TransactionAbortedError):
-                async with database_through_proxy.transaction("alice") as tx:
+                async with database_without_retries.transaction("alice") as tx:
                     _, refused = await asyncio.gather(
                         tx.tasks.count("alice"), second(tx), return_exceptions=True
                     )
                     assert isinstance(refused, ConcurrentUseError)
-        assert await database_through_proxy.tasks.count("alice") == 0
+        assert await database_without_retries.tasks.count("alice") == 0
 
     async def test_one_transaction_for_each_task_is_fine(self, db: Database) -> None:
         async def work(number: int) -> None:
@@ -709,10 +697,10 @@ class TestSavepoint:
         assert await titles(owner) == []
 
     async def test_lost_connection_inside_ends_everything(
-        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
+        self, database_without_retries: Database, proxy: Proxy, owner: Connection
     ) -> None:
         with pytest.raises(TransactionAbortedError):
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 await tx.tasks.create("alice", "before")
                 with suppress(UnavailableError):
                     async with tx.savepoint():
@@ -720,7 +708,7 @@ class TestSavepoint:
                         await until(tx._gate.connection.driver.is_closed)
                         await tx.tasks.count("alice")
         assert await titles(owner) == []
-        assert await database_through_proxy.tasks.count("alice") == 0
+        assert await database_without_retries.tasks.count("alice") == 0
 
 
 class TestReadOnly:
@@ -802,7 +790,7 @@ class TestExecute:
         assert await db.tasks.count("alice") == 1
 
     async def test_E2_leaves_nothing_on_the_connection(
-        self, database_through_proxy: Database, owner: Connection
+        self, database_without_retries: Database, owner: Connection
     ) -> None:
         lasting = """
             SELECT set_config('todo_db.user_id', 'bob', false), pg_advisory_lock(42),
@@ -811,46 +799,46 @@ class TestExecute:
         locks = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
         for undone in (False, True):
             with suppress(ZeroDivisionError):
-                async with database_through_proxy.transaction("alice") as tx:
+                async with database_without_retries.transaction("alice") as tx:
                     await tx.execute(text(lasting))
                     if undone:
                         raise ZeroDivisionError
             assert await owner.fetchval(locks) == 0
-            connection = await database_through_proxy._pool.acquire()
+            connection = await database_without_retries._pool.acquire()
             shown = await connection.driver.fetchrow("""
                 SELECT coalesce(current_setting('todo_db.user_id', true), '') AS user_id,
                     current_setting('row_security') AS row_security
             """)
             assert shown is not None
             assert tuple(shown) == ("", "on")
-            database_through_proxy._pool.release(connection)
-            assert await database_through_proxy.tasks.count("alice") == 0
+            database_without_retries._pool.release(connection)
+            assert await database_without_retries.tasks.count("alice") == 0
 
     async def test_piles_nothing_up_on_the_connection(
-        self, database_through_proxy: Database
+        self, database_without_retries: Database
     ) -> None:
         for _ in range(3):
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 await tx.execute(text("SELECT 1"))
-        (connection,) = database_through_proxy._pool._idle
+        (connection,) = database_without_retries._pool._idle
         # SQLAlchemy's pool keeps nothing for it: no record, no callbacks.
         assert connection._proxied._connection_record is None
 
     async def test_lost_connection_leaves_the_pool_healthy(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
         proxy.break_at(b"slowly", Fault.CUT_AFTER)
         with pytest.raises(UnavailableError):
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 await tx.execute(text("SELECT 'slowly'"))
-        assert database_through_proxy._pool.status.in_use == 0
-        assert await database_through_proxy.tasks.count("alice") == 0
+        assert database_without_retries._pool.status.in_use == 0
+        assert await database_without_retries.tasks.count("alice") == 0
 
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
     async def test_A6_text_that_ends_the_transaction_or_its_role_is_refused(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
-        async with database_through_proxy.transaction("alice") as tx:
+        async with database_without_retries.transaction("alice") as tx:
             before = proxy.round_trips
             for sql in (
                 "COMMIT",
@@ -889,9 +877,9 @@ class TestExecute:
 
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
     async def test_T1_construct_that_sends_a_commit_is_refused(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
-        async with database_through_proxy.transaction("alice") as tx:
+        async with database_without_retries.transaction("alice") as tx:
             before = proxy.round_trips
             with pytest.raises(TransactionError):
                 await tx.execute(Smuggled())
@@ -900,13 +888,13 @@ class TestExecute:
 
     @pytest.mark.parametrize("login", [LOGIN, OWNER])
     async def test_E4_transaction_that_ended_unseen_is_noticed(
-        self, database_through_proxy: Database
+        self, database_without_retries: Database
     ) -> None:
         for step in (None, lambda tx: tx.tasks.create("alice", "x"), context):
             with pytest.raises(IsolationError):
-                async with database_through_proxy.transaction("alice") as tx:
+                async with database_without_retries.transaction("alice") as tx:
                     await tx._gate.driver.execute("COMMIT")
                     if step is not None:
                         await step(tx)
-            assert database_through_proxy._pool.status.in_use == 0
-            assert await database_through_proxy.tasks.count("alice") == 0
+            assert database_without_retries._pool.status.in_use == 0
+            assert await database_without_retries.tasks.count("alice") == 0

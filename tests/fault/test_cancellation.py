@@ -34,16 +34,6 @@ async def two(db: Database, url: str) -> AsyncGenerator[Database]:
         yield database
 
 
-@pytest_asyncio.fixture
-async def database_through_proxy(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
-    """The same on one connection, by way of the proxy."""
-    assert (await db.users.get("alice")).id == "alice"
-    async with Database.from_url(
-        proxy.url, pool_size=1, max_overflow=0, retry_attempts=1
-    ) as database:
-        yield database
-
-
 class Crowd:
     """Units of two users on one pool, most of them cancelled on their way.
 
@@ -189,10 +179,10 @@ class TestAt:
                 await task
 
     async def test_C1_C1b_each_step_of_a_unit(
-        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
+        self, database_without_retries: Database, proxy: Proxy, owner: Connection
     ) -> None:
         async def unit(step: bytes) -> None:
-            async with database_through_proxy.transaction("alice") as tx:
+            async with database_without_retries.transaction("alice") as tx:
                 await tx.tasks.create("alice", "held")
                 if step is ROLLBACK:
                     raise LookupError
@@ -201,8 +191,8 @@ class TestAt:
             proxy.break_at(step, Fault.HANG)
             task = asyncio.create_task(unit(step))
             await self.cancel_held(task, proxy, times)
-            assert database_through_proxy._pool.status.in_use == 0
-            assert await database_through_proxy.tasks.count("alice") == 0
+            assert database_without_retries._pool.status.in_use == 0
+            assert await database_without_retries.tasks.count("alice") == 0
             assert await owner.fetchval("SELECT count(*) FROM tasks") == 0
 
     async def test_C3_waiting_for_the_pool(self, two: Database, superuser: Connection) -> None:

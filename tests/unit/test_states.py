@@ -47,16 +47,6 @@ async def db(db: Database, owner: Connection) -> Database:
     return db
 
 
-@pytest_asyncio.fixture
-async def database_through_proxy(db: Database, proxy: Proxy) -> AsyncGenerator[Database]:
-    """alice's and bob's database by way of the proxy: one connection, every call tried once."""
-    assert (await db.users.get("alice")).id == "alice"
-    async with Database.from_url(
-        proxy.url, pool_size=1, max_overflow=0, retry_attempts=1
-    ) as database:
-        yield database
-
-
 async def titles(owner: Connection) -> list[str]:
     return [row["title"] for row in await owner.fetch("SELECT title FROM tasks ORDER BY id")]
 
@@ -272,9 +262,9 @@ class TestTable:
             assert tx._gate.state is BROKEN
 
     async def test_aborted_one_is_broken_when_its_savepoint_cannot_be_undone(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
-        async with ending(database_through_proxy, commits=False) as tx:
+        async with ending(database_without_retries, commits=False) as tx:
             with pytest.raises(LookupError):
                 async with tx.savepoint():
                     await reach(tx, ABORTED)
@@ -284,9 +274,9 @@ class TestTable:
 
     @pytest.mark.parametrize("step", BREAKING)
     async def test_broken_one_stays_broken_when_its_savepoint_ends(
-        self, database_through_proxy: Database, proxy: Proxy, step: Step
+        self, database_without_retries: Database, proxy: Proxy, step: Step
     ) -> None:
-        async with ending(database_through_proxy, commits=False) as tx:
+        async with ending(database_without_retries, commits=False) as tx:
             with pytest.raises(LookupError):
                 async with tx.savepoint():
                     await step(tx)
@@ -342,9 +332,9 @@ def is_sent(proxy: Proxy, before: int, message: bytes) -> bool:
 class TestCalls:
     @pytest.mark.parametrize("call", list(CALLS))
     async def test_open_one_sends(
-        self, database_through_proxy: Database, proxy: Proxy, call: str
+        self, database_without_retries: Database, proxy: Proxy, call: str
     ) -> None:
-        async with database_through_proxy.transaction("alice") as tx:
+        async with database_without_retries.transaction("alice") as tx:
             before = len(proxy.sent)
             await CALLS[call](tx)
             assert len(proxy.sent) > before
@@ -356,13 +346,13 @@ class TestCalls:
     @pytest.mark.parametrize("call", list(CALLS))
     async def test_aborted_or_broken_one_refuses_and_sends_nothing(
         self,
-        database_through_proxy: Database,
+        database_without_retries: Database,
         proxy: Proxy,
         state: State,
         expected: type[Exception],
         call: str,
     ) -> None:
-        async with ending(database_through_proxy, commits=False) as tx:
+        async with ending(database_without_retries, commits=False) as tx:
             await reach(tx, state)
             before = len(proxy.sent)
             with pytest.raises(expected):
@@ -372,11 +362,11 @@ class TestCalls:
 
     @pytest.mark.parametrize("call", list(CALLS))
     async def test_ended_one_refuses_and_sends_nothing(
-        self, database_through_proxy: Database, proxy: Proxy, call: str
+        self, database_without_retries: Database, proxy: Proxy, call: str
     ) -> None:
         for state in (OPEN, ABORTED):
             with suppress(TransactionAbortedError):
-                async with database_through_proxy.transaction("alice") as tx:
+                async with database_without_retries.transaction("alice") as tx:
                     await reach(tx, state)
             before = len(proxy.sent)
             with pytest.raises(TransactionError, match="ended"):
@@ -384,12 +374,12 @@ class TestCalls:
             assert len(proxy.sent) == before
 
     async def test_only_an_open_one_sends_commit(
-        self, database_through_proxy: Database, proxy: Proxy
+        self, database_without_retries: Database, proxy: Proxy
     ) -> None:
         for state, last in ((OPEN, COMMIT), (ABORTED, ROLLBACK), (BROKEN, ROLLBACK)):
             before = len(proxy.sent)
             with suppress(TransactionAbortedError):
-                async with database_through_proxy.transaction("alice") as tx:
+                async with database_without_retries.transaction("alice") as tx:
                     await tx.tasks.count("alice")
                     if state is ABORTED:
                         await fail_by_repository(tx)
@@ -498,7 +488,7 @@ class TestCancellation:
     @pytest.mark.parametrize("by_timeout", [False, True])
     async def test_T3_while_the_connection_is_gone(
         self,
-        database_through_proxy: Database,
+        database_without_retries: Database,
         proxy: Proxy,
         owner: Connection,
         block: Block,
@@ -519,12 +509,12 @@ class TestCancellation:
             assert runs.count == 1
             assert await titles(owner) == []
             assert await patient.tasks.count("alice") == 0
-        assert await database_through_proxy.tasks.count("alice") == 0
+        assert await database_without_retries.tasks.count("alice") == 0
 
     @pytest.mark.parametrize("fault", [Fault.CUT_BEFORE, Fault.CUT_AFTER, Fault.SWALLOW])
     async def test_T3_while_its_undoing_is_lost(
         self,
-        database_through_proxy: Database,
+        database_without_retries: Database,
         proxy: Proxy,
         owner: Connection,
         block: Block,
@@ -545,7 +535,7 @@ class TestCancellation:
             await self._ends(patient, runs, started, by_timeout=False)
         assert runs.count == 1
         assert await titles(owner) == []
-        assert await database_through_proxy.tasks.count("alice") == 0
+        assert await database_without_retries.tasks.count("alice") == 0
 
     async def test_T3_twice(self, db: Database, owner: Connection, block: Block) -> None:
         """The second one arrives while the savepoint is being undone."""
@@ -783,7 +773,7 @@ async def context_of_another_task(tx: Transaction) -> None:
 
 class TestOutcome:
     async def test_unknown_outcome_is_not_run_again(
-        self, database_through_proxy: Database, proxy: Proxy, owner: Connection
+        self, database_without_retries: Database, proxy: Proxy, owner: Connection
     ) -> None:
         async def nothing(_tx: Transaction) -> None:
             pass
@@ -796,4 +786,4 @@ class TestOutcome:
                 await patient.run("alice", runs)
         assert runs.count == 1
         assert await titles(owner) == ["lost"]
-        assert await database_through_proxy.tasks.count("alice") == 1
+        assert await database_without_retries.tasks.count("alice") == 1
