@@ -8,8 +8,6 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from functools import partial
-from math import inf
-from random import uniform
 from typing import Any, Final, NamedTuple, Self, cast
 
 from todo_db import autocommit, inputs
@@ -20,10 +18,8 @@ from todo_db.errors import (
     ConfigurationError,
     IsolationError,
     NotFoundError,
-    OutcomeUnknownError,
     SchemaError,
     TodoDBError,
-    UnavailableError,
 )
 from todo_db.fence import OWNER, PRINTED_RULE, ROLE
 from todo_db.logins import role_settings
@@ -31,6 +27,7 @@ from todo_db.models import REVISION, VERSION_TABLE
 from todo_db.records import Health, PoolStatus
 from todo_db.repositories import Operation, Retry, TaskRepository, UserRepository
 from todo_db.repositories.statements import Row
+from todo_db.retries import Retries
 from todo_db.settings import Settings
 from todo_db.transaction import NO_USER, Transaction, TransactionPreamble, TransactionScope
 
@@ -100,7 +97,6 @@ _CREDENTIAL: Final = (
     "SELECT max(user_id), max(public_key), max(algorithm),"
     " extract(epoch FROM max(expires_at))::float8 FROM public.find_credential($1, $2)"
 )
-_MOST_LOCK_WAITS: Final = 2
 _ONE_TRIP: Final = "the login is bound by row-level security and has its own timeouts"
 _UNPROVEN: Final = "the server does not set the user before it runs a statement"
 
@@ -245,78 +241,54 @@ class Database:
         not: BEGIN, the statement, COMMIT. It is run again when it is known not to have been
         applied, or may be applied twice.
         """
+        retries: Retries | None = None
         with self._observed(operation.statement.name) as call:
-            await self._ready()
-            perform = self._perform_alone if self._one_trip else self._perform_in_transaction
-            return await perform(user_id, operation, call)
+            if not self._is_ready:
+                await self._ready()
+            attempt = self._attempt_alone if self._one_trip else self._attempt_in_transaction
+            while True:
+                try:
+                    return await attempt(user_id, operation, call)
+                except NotFoundError:
+                    is_delete = operation.retry is Retry.IDEMPOTENT_DELETE
+                    if is_delete and retries is not None and retries.is_unknown:
+                        # An earlier try may have deleted it: that is what was asked for.
+                        return cast("T", None)
+                    raise
+                except TodoDBError as error:
+                    failure = error
+                if retries is None:
+                    repeatable = operation.retry is not Retry.UNSAFE
+                    retries = self._retries(operation.statement.name, call, repeatable=repeatable)
+                await retries.wait(failure)
 
-    async def _perform_in_transaction[T](
+    async def _attempt_alone[T](
+        self, user_id: str, operation: Operation[T], call: Call | None
+    ) -> T:
+        statement = operation.statement.alone
+        arguments = statement.arguments(user_id, operation.values)
+        is_change = operation.retry is not Retry.READ_ONLY
+        try:
+            rows = await autocommit.fetch(
+                self._pool, statement.sql, arguments, is_change=is_change, call=call
+            )
+        except TodoDBError as error:
+            failure = operation.failure(error)
+        else:
+            return operation.map_rows(rows)
+        raise failure
+
+    async def _attempt_in_transaction[T](
         self, user_id: str, operation: Operation[T], call: Call | None
     ) -> T:
         if operation.needs_savepoint:
             # There is nothing before it in its transaction that a savepoint could keep.
             operation = operation._replace(needs_savepoint=False)
         read_only = operation.retry is Retry.READ_ONLY
-        previous_result: list[T] = []
-
-        async def attempt() -> T:
-            try:
-                async with TransactionScope(
-                    self._pool, self._preamble, user_id, read_only=read_only, call=call
-                ) as tx:
-                    result = await tx.perform(user_id, operation)
-                    previous_result.append(result)
-            except NotFoundError:
-                # An earlier try saw it, and now it is gone: that is what was asked for.
-                if operation.retry is Retry.IDEMPOTENT_DELETE and previous_result:
-                    return previous_result[0]
-                raise
-            return result
-
-        return await self._retried(
-            operation.statement.name,
-            attempt,
-            repeatable=operation.retry is not Retry.UNSAFE,
-            call=call,
-        )
-
-    async def _perform_alone[T](
-        self, user_id: str, operation: Operation[T], call: Call | None
-    ) -> T:
-        statement = operation.statement.alone
-        arguments = statement.arguments(user_id, operation.values)
-        is_change = operation.retry is not Retry.READ_ONLY
-        was_unknown = False
-
-        async def attempt() -> T:
-            nonlocal was_unknown
-            try:
-                rows = await autocommit.fetch(
-                    self._pool, statement.sql, arguments, is_change=is_change, call=call
-                )
-            except OutcomeUnknownError:  # pragma: no cover  # marked fault
-                was_unknown = True
-                raise
-            except TodoDBError as error:
-                failure = operation.failure(error)
-            else:
-                try:
-                    return operation.map_rows(rows)
-                except NotFoundError:
-                    # An earlier attempt may have deleted it: that is what was asked for.
-                    if (  # pragma: no cover  # marked fault
-                        was_unknown and operation.retry is Retry.IDEMPOTENT_DELETE
-                    ):
-                        return cast("T", None)
-                    raise
-            raise failure
-
-        return await self._retried(
-            operation.statement.name,
-            attempt,
-            repeatable=operation.retry is not Retry.UNSAFE,
-            call=call,
-        )
+        async with TransactionScope(
+            self._pool, self._preamble, user_id, read_only=read_only, call=call
+        ) as tx:
+            return await tx.perform(user_id, operation)
 
     @asynccontextmanager
     async def transaction(
@@ -460,9 +432,13 @@ class Database:
         async with (scope := self._own_scope(call)):
             return await scope.fetch_row(sql, *arguments)
 
-    async def _ready(self) -> None:
+    @property
+    def _is_ready(self) -> bool:
         is_here = self._loop is asyncio.get_running_loop() and self._process == os.getpid()
-        if self._is_open and is_here:
+        return is_here and self._is_open
+
+    async def _ready(self) -> None:
+        if self._is_ready:
             return
         if self._closed:
             raise ConfigurationError("the database was closed")
@@ -585,51 +561,13 @@ class Database:
         repeatable: bool,
         call: Call | None = None,
     ) -> T:
-        """Run `attempt` until it is applied: again only if it was not, or may be applied twice.
-
-        If the outcome of a try is unknown, it stays unknown when the tries after it fail. The
-        second try follows at once, because most losses are of a connection that had been idle; the
-        others wait longer and longer. A lock that was not free is waited for once more, so that the
-        caller waits twice `lock_timeout` at most.
-        """
-        failure: TodoDBError
-        unknown = False
-        lock_waits = retries = 0
-        until = inf
+        retries = self._retries(name, call, repeatable=repeatable)
         while True:
             try:
                 return await attempt()
-            except OutcomeUnknownError as error:
-                unknown, failure, is_retried = True, error, repeatable
-            except UnavailableError as error:
-                lock_waits += isinstance(error, CallTimeoutError)
-                failure, is_retried = error, error.transient and lock_waits < _MOST_LOCK_WAITS
-            except (ConfigurationError, IsolationError, SchemaError) as error:
-                failure, is_retried = error, False
-            delay = _delay_seconds(retries)
-            begins = time.monotonic() + delay
-            until = min(until, begins + self.settings.retry_timeout_seconds)
-            retries += 1
-            if not is_retried or retries == self.settings.retry_attempts or begins > until:
-                raise OutcomeUnknownError if unknown else failure
-            if call is not None:
-                call.retries = retries
-            _logger.info(
-                "%s is tried again: %s",
-                name,
-                failure,
-                extra={
-                    "event": "todo_db.call.retried",
-                    "call": name,
-                    "reason": str(failure),
-                    "retry": retries,
-                    "delay_ms": round(delay * 1000),
-                },
-            )
-            await asyncio.sleep(delay)
+            except TodoDBError as error:
+                failure = error
+            await retries.wait(failure)
 
-
-def _delay_seconds(retries: int) -> float:
-    if not retries:
-        return 0.0
-    return 0.05 * 2.0 ** (retries - 1) + uniform(0, 0.1)  # noqa: S311  # not a secret
+    def _retries(self, name: str, call: Call | None, *, repeatable: bool) -> Retries:
+        return Retries(name, self.settings, repeatable=repeatable, call=call)
