@@ -16,13 +16,13 @@ no answer in time (command_timeout)                    unknown
 import asyncio
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import asyncpg
 
 from todo_db.calls import Call
-from todo_db.engine import STALE_ROWS, STALE_STATEMENT, Pool, PooledConnection
+from todo_db.engine import STALE_ROWS, STALE_STATEMENT, Pool, PooledConnection, fetch_unwatched
 from todo_db.errors import (
     OutcomeUnknownError,
     TodoDBError,
@@ -56,7 +56,7 @@ _logger: Final = logging.getLogger(__name__)
 async def fetch(
     pool: Pool,
     sql: str,
-    arguments: Iterable[object],
+    arguments: Sequence[object],
     *,
     is_change: bool,
     call: Call | None = None,
@@ -71,17 +71,18 @@ async def fetch(
         UnavailableError: It was not applied.
         TodoDBError: What the server's error means.
     """
-    # An iterator would be empty the second time.
-    values = tuple(arguments)
     since = asyncio.get_running_loop().time()
     while True:
-        connection = await pool.acquire(since, call)
+        connection = pool.take() or await pool.acquire(since, call)
         if call is not None:
             call.round_trips += 1
         connection.has_transaction = False
         suffix = pool.statement_suffix
+        pool.watch(connection)
         try:
-            rows = await connection.driver.fetch(f"{sql}{suffix}" if suffix else sql, *values)
+            rows = await fetch_unwatched(
+                connection.driver, f"{sql}{suffix}" if suffix else sql, arguments
+            )
         except Exception as error:  # noqa: BLE001  # raised again, as ours
             is_lost = not _is_answer(error, connection)
             is_late = isinstance(error, TimeoutError)
@@ -93,15 +94,19 @@ async def fetch(
             )
         except BaseException:
             connection.is_state_known = False
-            pool.release(connection)
-            raise
+            is_late = pool.is_late(connection)
+            if not is_late:
+                pool.release(connection)
+                raise
+            is_lost, is_refused = True, False
+            failure = _lost(TimeoutError(), is_unknown=is_change)
         else:
             pool.release(connection)
             return rows
         if not is_lost:
             pool.release(connection)
             raise failure
-        if is_late:  # pragma: no cover  # test_one_trip_outcomes, marked fault
+        if is_late:
             connection.is_state_known = False
             pool.release(connection)
             raise failure

@@ -3,6 +3,7 @@
 A failure here after an upgrade names what `todo_db/engine/driver.py` has to do differently.
 """
 
+import asyncio
 import inspect
 import struct
 from collections import Counter
@@ -22,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from todo_db import Database, Settings, TransactionError
 from todo_db.embedded import LOGIN
-from todo_db.engine import parse_url, transport
+from todo_db.engine import fetch_unwatched, parse_url, transport
 from todo_db.engine.connection import create_pool_engine
 from todo_db.engine.driver import Dialect, NamedConnection
 from todo_db.models import Task, User
@@ -223,6 +224,22 @@ class TestPrivateNames:
         monkeypatch.setattr(NamedConnection, "_get_unique_id", name)
         await named.fetch("SELECT 'asked'")
         assert asked == ["stmt"], "asyncpg no longer names statements by _get_unique_id"
+
+    @pytest.mark.parametrize("name", ["_get_statement", "_protocol"])
+    def test_asyncpg_has_what_runs_a_statement(self, name: str) -> None:
+        assert hasattr(asyncpg.Connection, name), f"asyncpg has no {name}: see fetch_unwatched()"
+
+    async def test_asyncpg_runs_a_statement_without_a_timer(
+        self, named: NamedConnection, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sql = "SELECT $1::text AS title, $2::int AS number"
+        expected = await named.fetch(sql, "Buy milk", 1)
+        timers: list[object] = []
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(loop, "call_later", lambda *given: timers.append(given))
+        monkeypatch.setattr(loop, "call_at", lambda *given: timers.append(given))
+        assert await fetch_unwatched(named, sql, ("Buy milk", 1)) == expected
+        assert timers == []
 
     async def test_asyncpg_has_the_transport(self, named: NamedConnection) -> None:
         assert hasattr(named, "_transport"), "asyncpg has no _transport: see transport()"

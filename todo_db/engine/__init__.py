@@ -10,6 +10,7 @@ from todo_db.engine.driver import (
     STALE_ROWS,
     STALE_STATEMENT,
     TransactionConnection,
+    fetch_unwatched,
     observe_answers,
     transport,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "connect_failure",
     "create_direct_engine",
     "execute_unlogged",
+    "fetch_unwatched",
     "observe_answers",
     "parse_url",
     "transport",

@@ -118,7 +118,9 @@ class PooledConnection:
         is_state_known: False after a cancelled or timed-out statement; the pool then recovers it.
         has_transaction: Whether its last statement was inside a transaction.
         has_own_sql: Whether a caller's own SQL ran on it since it was last reset.
-        holder: The task that has it, or None.
+        generation: Which of the pool's engines made it.
+        is_late: Whether its statement was cancelled by its deadline.
+        cancellations: How often the caller's task had been cancelled when its statement began.
     """
 
     __slots__ = (
@@ -126,11 +128,12 @@ class PooledConnection:
         "_opened",
         "_proxied",
         "_used",
+        "cancellations",
         "driver",
         "generation",
         "has_own_sql",
         "has_transaction",
-        "holder",
+        "is_late",
         "is_state_known",
     )
 
@@ -145,10 +148,11 @@ class PooledConnection:
         # event loop that may have ended.
         proxied.detach()
         self.generation: Final = generation
-        self.holder: object = None
         self.is_state_known = True
         self.has_own_sql = False
         self.has_transaction = False
+        self.is_late = False
+        self.cancellations = 0
 
     @classmethod
     async def connect(cls, engine: AsyncEngine, generation: int) -> "PooledConnection":
@@ -181,9 +185,17 @@ class PooledConnection:
         return time.monotonic() - self._opened > _EXPIRES_AFTER_SECONDS
 
     @property
-    def needs_ping(self) -> bool:
-        """Whether it was idle for so long that its peer may have disappeared."""
-        return time.monotonic() - self._used > _PING_AFTER_SECONDS
+    def is_fresh(self) -> bool:
+        """Whether it can be used as it is: it is connected, and was not idle or open for long.
+
+        The peer of one that was idle for long may have disappeared.
+        """
+        now = time.monotonic()
+        return (
+            now - self._used <= _PING_AFTER_SECONDS
+            and now - self._opened <= _EXPIRES_AFTER_SECONDS
+            and self.is_reusable
+        )
 
     def touch(self) -> None:
         """Note that it becomes idle now."""

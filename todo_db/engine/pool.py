@@ -15,6 +15,7 @@ import asyncpg
 
 from todo_db.calls import Call
 from todo_db.engine.connection import PooledConnection, create_pool_engine
+from todo_db.engine.deadlines import Deadlines
 from todo_db.engine.url import parse_url
 from todo_db.errors import ConfigurationError, PoolExhaustedError, TodoDBError, UnavailableError
 from todo_db.records import PoolStatus
@@ -27,6 +28,8 @@ _FIRST_DELAY_SECONDS: Final = 0.05
 _MAX_DELAY_SECONDS: Final = 2.0
 _LONG_WAIT_SECONDS: Final = 1.0
 
+type _Task = asyncio.Task[Any] | None
+
 _logger: Final = logging.getLogger(__name__)
 
 
@@ -36,13 +39,13 @@ class _Waiter:
 
     Attributes:
         connection: What it waits for.
-        task: What it runs in.
+        task: The caller's.
         queue_until: When it gives up if all connections are in use.
         connect_until: When it gives up if no connection can be made.
     """
 
     connection: asyncio.Future[PooledConnection]
-    task: object
+    task: _Task
     queue_until: float
     connect_until: float
 
@@ -76,14 +79,17 @@ class Pool:
         self._max_idle = settings.pool_size
         self._size = settings.pool_size + settings.max_overflow
         self._timeout = settings.pool_timeout_seconds
+        self._statement_seconds = settings.command_timeout_seconds
         self.retries_connecting: Final = (
             settings.retry_attempts > 1 and settings.connect_retry_seconds > 0
         )
         # Without retries, the failure of one attempt ends the waiting.
         self._connect_seconds = settings.connect_retry_seconds if self.retries_connecting else inf
         self._idle: list[PooledConnection] = []
-        self._lent: set[PooledConnection] = set()
+        self._lent: dict[PooledConnection, _Task] = {}
         self._waiters: deque[_Waiter] = deque()
+        self._waiting = Deadlines(self._give_up)
+        self._running = Deadlines(self._interrupt)
         self._total = 0
         self._proving = 0
         self._connecting: set[asyncio.Task[None]] = set()
@@ -167,6 +173,15 @@ class Pool:
             transient=True,
         )
 
+    def take(self) -> PooledConnection | None:
+        """Return a connection that is idle and can be used as it is, unless others wait for one."""
+        if not self._idle or self._waiters or self._failure is not None:
+            return None
+        connection = self._idle[-1]
+        if connection.generation != self._generation or not connection.is_fresh:
+            return None
+        return self._lend(self._idle.pop(), asyncio.current_task())
+
     async def acquire(
         self, since: float | None = None, call: Call | None = None
     ) -> PooledConnection:
@@ -184,10 +199,9 @@ class Pool:
             ConfigurationError: The URL, the login or the certificate is wrong. Raised at once.
             UnavailableError: The database cannot be reached. Not worth trying again soon.
         """
-        if self._idle and not self._waiters and self._failure is None:
-            connection = self._idle[-1]
-            if self._is_current(connection) and not connection.needs_ping:
-                return self._lend(self._idle.pop(), asyncio.current_task())
+        connection = self.take()
+        if connection is not None:
+            return connection
         if not self._open:
             raise ConfigurationError("the database was closed")
         loop = asyncio.get_running_loop()
@@ -201,16 +215,36 @@ class Pool:
         self._waiters.append(waiter)
         self._raise_if_deadlocked(waiter)
         self._serve()
-        first = min(waiter.queue_until, waiter.connect_until)
-        timer = loop.call_at(first, self._give_up, waiter)
+        self._waiting.add(waiter, min(waiter.queue_until, waiter.connect_until))
         try:
             return await waiter.connection
         except BaseException:
             self._leave(waiter)
             raise
         finally:
-            timer.cancel()
+            self._waiting.remove(waiter)
             self._note_wait(loop.time() - now, call)
+
+    def watch(self, connection: PooledConnection) -> None:
+        """Cancel the caller's statement if it is not over in `command_timeout_seconds`.
+
+        Until the connection is released. If it is cancelled by that, `is_late` says so.
+        """
+        task = self._lent[connection]
+        connection.is_late = False
+        connection.cancellations = 0 if task is None else task.cancelling()
+        now = asyncio.get_running_loop().time()
+        self._running.add(connection, now + self._statement_seconds)
+
+    def is_late(self, connection: PooledConnection) -> bool:
+        """Whether the caller was cancelled by the deadline of `watch`, and by nobody else.
+
+        The caller has to ask before the connection is released, and once.
+        """
+        task = self._lent[connection]
+        return (
+            connection.is_late and task is not None and task.uncancel() <= connection.cancellations
+        )
 
     def release(self, connection: PooledConnection) -> None:
         """Take a connection back, and give it to the first caller in the queue.
@@ -219,12 +253,12 @@ class Pool:
         until then.
         """
         self._take_back(connection)
-        if connection.driver.is_closed() or not self._open:
-            self._discard(connection)
-        elif connection.is_reusable:
+        if self._open and connection.is_reusable:
             self._keep(connection)
-        else:
+        elif self._open and not connection.driver.is_closed():
             self._spawn(self._recover(connection), self._tasks)
+        else:
+            self._discard(connection)
 
     def reject(self, connection: PooledConnection, failure: TodoDBError) -> None:
         """Take back a connection whose BEGIN failed as connecting can fail.
@@ -280,23 +314,17 @@ class Pool:
         )
 
     def _is_current(self, connection: PooledConnection) -> bool:
-        """Whether it may be used as it is; asking the client costs no round trip."""
-        return (
-            connection.is_reusable
-            and not connection.is_expired
-            and connection.generation == self._generation
-        )
+        return connection.generation == self._generation and not connection.is_expired
 
     # Callers
 
-    def _lend(self, connection: PooledConnection, task: object) -> PooledConnection:
-        connection.holder = task
-        self._lent.add(connection)
+    def _lend(self, connection: PooledConnection, task: _Task) -> PooledConnection:
+        self._lent[connection] = task
         return connection
 
     def _take_back(self, connection: PooledConnection) -> None:
-        connection.holder = None
-        self._lent.discard(connection)
+        del self._lent[connection]
+        self._running.remove(connection)
         if not self._lent and not self._waiters:
             self._drained.set()
 
@@ -320,14 +348,21 @@ class Pool:
         loop = asyncio.get_running_loop()
         deadline = waiter.connect_until if self._connecting else waiter.queue_until
         if loop.time() < deadline:
-            # Again before the deadline, which can be infinite: a timer keeps its waiter.
-            loop.call_at(min(deadline, loop.time() + self._timeout), self._give_up, waiter)
+            # Which one counts can change before the later of the two, which can be infinite.
+            self._waiting.add(waiter, min(deadline, loop.time() + self._timeout))
         elif self._connecting:
             # Not transient: trying for as long again would multiply the time.
             reason = self._failure or "the database did not answer in time"
             waiter.connection.set_exception(UnavailableError(str(reason)))
         else:
-            waiter.connection.set_exception(self._exhausted(waiter.task in self._holders()))
+            waiter.connection.set_exception(self._exhausted(waiter.task in self._lent.values()))
+
+    def _interrupt(self, connection: PooledConnection) -> None:
+        """Cancel the statement of a caller whose time is over."""
+        task = self._lent[connection]
+        if task is not None:
+            connection.is_late = True
+            task.cancel()
 
     def _note_wait(self, seconds: float, call: Call | None) -> None:
         if call is not None:
@@ -347,17 +382,14 @@ class Pool:
                 },
             )
 
-    def _holders(self) -> set[object]:
-        return {connection.holder for connection in self._lent}
-
     def _raise_if_deadlocked(self, waiter: _Waiter) -> None:
         """Raise if every connection is held by a task that waits for another one.
 
         The last of them to wait is the one that finds out.
         """
-        if len(self._lent) < self._size or waiter.task not in (holders := self._holders()):
+        if len(self._lent) < self._size or waiter.task not in (holders := self._lent.values()):
             return
-        if holders <= {waiter.task for waiter in self._waiters}:
+        if set(holders) <= {waiter.task for waiter in self._waiters}:
             self._waiters.remove(waiter)
             raise self._exhausted(True)  # noqa: FBT003
 
@@ -383,9 +415,9 @@ class Pool:
         """Start what the callers in the queue need: a ping of what is idle, or a connect."""
         while self._idle and self._proving < len(self._waiters):
             connection = self._idle.pop()
-            if not self._is_current(connection):
+            if not connection.is_reusable or not self._is_current(connection):
                 self._retire(connection)
-            elif self._failure is None and not connection.needs_ping:
+            elif self._failure is None and connection.is_fresh:
                 self._keep(connection)
             else:
                 self._proving += 1

@@ -1,0 +1,115 @@
+"""Deadlines of many, with one timer of the event loop."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from todo_db.engine.deadlines import Deadlines
+
+
+@pytest.fixture
+def over() -> list[str]:
+    return []
+
+
+@pytest.fixture
+async def deadlines(over: list[str]) -> Deadlines[str]:
+    return Deadlines(over.append)
+
+
+@pytest.fixture
+async def timers(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The times of all timers that are set."""
+    loop = asyncio.get_running_loop()
+    made: list[float] = []
+    call_at = loop.call_at
+
+    def counted(when: float, callback: Callable[..., object], *arguments: Any) -> object:  # noqa: ANN401  # asyncio's own
+        made.append(when)
+        return call_at(when, callback, *arguments)
+
+    monkeypatch.setattr(loop, "call_at", counted)
+    return made
+
+
+def _in(seconds: float) -> float:
+    return asyncio.get_running_loop().time() + seconds
+
+
+class TestAdd:
+    async def test_expires_each_at_its_own_time(
+        self, deadlines: Deadlines[str], over: list[str]
+    ) -> None:
+        deadlines.add("later", _in(0.2))
+        deadlines.add("soon", _in(0.05))
+        deadlines.add("never", _in(60))
+        await asyncio.sleep(0.1)
+        assert over == ["soon"]
+        await asyncio.sleep(0.2)
+        assert over == ["soon", "later"]
+        deadlines.clear()
+
+    async def test_sets_one_timer_for_those_of_one_length(
+        self, deadlines: Deadlines[str], timers: list[float]
+    ) -> None:
+        first = _in(60)
+        for number in range(100):
+            deadlines.add(f"statement {number}", first + number)
+            deadlines.remove(f"statement {number}")
+        assert timers == [first]
+        deadlines.clear()
+
+    async def test_moves_a_deadline(self, deadlines: Deadlines[str], over: list[str]) -> None:
+        deadlines.add("statement", _in(0.05))
+        deadlines.add("statement", _in(60))
+        await asyncio.sleep(0.1)
+        assert over == []
+        deadlines.clear()
+
+    async def test_by_what_expires_is_kept(self) -> None:
+        times: list[float] = []
+
+        def again(item: str) -> None:
+            times.append(_in(0))
+            if len(times) < 3:
+                kept.add(item, _in(0.02))
+
+        kept = Deadlines(again)
+        kept.add("caller", _in(0.02))
+        await asyncio.sleep(0.2)
+        assert len(times) == 3
+
+
+class TestRemove:
+    async def test_forgets_it(self, deadlines: Deadlines[str], over: list[str]) -> None:
+        deadlines.add("statement", _in(0.02))
+        deadlines.remove("statement")
+        await asyncio.sleep(0.1)
+        assert over == []
+
+    async def test_of_what_is_over_does_nothing(
+        self, deadlines: Deadlines[str], over: list[str]
+    ) -> None:
+        deadlines.add("statement", _in(0))
+        await asyncio.sleep(0.05)
+        deadlines.remove("statement")
+        assert over == ["statement"]
+
+    async def test_of_the_last_leaves_no_timer_after_its_time(
+        self, deadlines: Deadlines[str]
+    ) -> None:
+        deadlines.add("statement", _in(0.02))
+        deadlines.remove("statement")
+        await asyncio.sleep(0.1)
+        assert deadlines._timer is None
+
+
+class TestClear:
+    async def test_forgets_all(self, deadlines: Deadlines[str], over: list[str]) -> None:
+        deadlines.add("one", _in(0.02))
+        deadlines.add("other", _in(0.03))
+        deadlines.clear()
+        await asyncio.sleep(0.1)
+        assert over == []

@@ -1,0 +1,55 @@
+"""Deadlines, with one timer for all of them."""
+
+import asyncio
+from collections.abc import Callable
+
+
+class Deadlines[T]:
+    """What may take only so long, on the running event loop.
+
+    A timer for each statement and each caller in the queue would cost more than all else that the
+    pool does. Most are over long before their deadline, so one timer is enough: it is set to the
+    earliest deadline that it has seen, and looks for the next one when it rings.
+
+    Args:
+        expire: Called with what is over, from the event loop.
+    """
+
+    def __init__(self, expire: Callable[[T], None]) -> None:
+        self._expire = expire
+        self._deadlines: dict[T, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._rings = 0.0
+
+    def add(self, item: T, deadline: float) -> None:
+        """Have `expire` called with the item at the deadline, by the clock of the loop."""
+        self._deadlines[item] = deadline
+        if self._timer is None or deadline < self._rings:
+            self._set_timer(deadline)
+
+    def remove(self, item: T) -> None:
+        """Forget the item, if it is not over yet."""
+        self._deadlines.pop(item, None)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._deadlines.clear()
+        self._stop()
+
+    def _set_timer(self, deadline: float) -> None:
+        self._stop()
+        self._rings = deadline
+        self._timer = asyncio.get_running_loop().call_at(deadline, self._ring)
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _ring(self) -> None:
+        self._timer = None
+        for item in [item for item, deadline in self._deadlines.items() if deadline <= self._rings]:
+            del self._deadlines[item]
+            self._expire(item)
+        if self._deadlines:
+            self._set_timer(min(self._deadlines.values()))
