@@ -6,8 +6,10 @@ from datetime import datetime
 from typing import Any, cast
 
 
-def records_of[R](kind: type[R]) -> Callable[[Iterable[Iterable[object]]], list[R]]:
-    """Return a function that makes records of rows: each has the values of the fields, in order.
+def makers_of[R](
+    kind: type[R],
+) -> tuple[Callable[[Iterable[object]], R], Callable[[Iterable[Iterable[object]]], list[R]]]:
+    """Return what makes a record of a row, and records of rows: the fields' values, in order.
 
     The `__init__` of a frozen dataclass sets every field by `object.__setattr__`, which took more
     time than all else that is done with a page. So the records begin as objects of a class with
@@ -16,13 +18,18 @@ def records_of[R](kind: type[R]) -> Callable[[Iterable[Iterable[object]]], list[
     names = [field.name for field in fields(cast("Any", kind))]
     draft: Any = make_dataclass(kind.__name__, names, slots=True)
 
-    def made_of(rows: Iterable[Iterable[object]]) -> list[R]:
-        records = [draft(*row) for row in rows]
-        for record in records:
-            record.__class__ = kind
-        return records
+    def record(row: Iterable[object]) -> R:
+        made = draft(*row)
+        made.__class__ = kind
+        return cast("R", made)
 
-    return made_of
+    def records(rows: Iterable[Iterable[object]]) -> list[R]:
+        made = [draft(*row) for row in rows]
+        for each in made:
+            each.__class__ = kind
+        return made
+
+    return record, records
 
 
 @dataclass(frozen=True, slots=True)

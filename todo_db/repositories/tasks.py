@@ -45,7 +45,7 @@ from todo_db.errors import IdempotencyKeyReusedError, StaleTaskError, TaskNotFou
 from todo_db.inputs import NewTask, TaskChanges
 from todo_db.models import IdempotencyKey, Task
 from todo_db.pagination import BIGINT_MAX, Key, Page, Scope, TaskSort, decode, page_of
-from todo_db.records import TaskRecord, records_of
+from todo_db.records import TaskRecord, makers_of
 from todo_db.repositories.statements import Executor, Operation, Retry, Row, Statement
 
 _COLUMNS: Final = (
@@ -129,18 +129,15 @@ class TaskRepository:
             IdempotencyKeyReusedError: The key belongs to a call with other arguments.
         """
         user_id = inputs.user_id(user_id)
-        task = NewTask(
-            inputs.title(title), inputs.description(description), inputs.completed(completed)
-        )
+        values = {
+            "title": inputs.title(title),
+            "description": inputs.description(description),
+            "completed": inputs.completed(completed),
+        }
         if idempotency_key is not None:
             key = inputs.idempotency_key(idempotency_key)
-            operation = _keyed("create", key, user_id, [task])
+            operation = _keyed("create", key, user_id, [NewTask(title, description, completed)])
             return (await self._executor.perform(user_id, operation))[0]
-        values = {
-            "title": task.title,
-            "description": task.description,
-            "completed": task.completed,
-        }
         return await self._executor.perform(user_id, Operation(_CREATE, values, _one))
 
     async def create_many(
@@ -273,10 +270,11 @@ class TaskRepository:
         ```
         """
         user_id = inputs.user_id(user_id)
-        filters = _filters(completed, search)
-        statement = _count_statement(*_filter_flags(filters))
+        completed, pattern = _filters(completed, search)
+        statement = _count_statement(completed is not None, pattern is not None)
+        values = {"completed": completed, "pattern": pattern}
         return await self._executor.perform(
-            user_id, Operation(statement, _filter_values(filters), _number, Retry.READ_ONLY)
+            user_id, Operation(statement, values, _number, Retry.READ_ONLY)
         )
 
     async def update(
@@ -414,13 +412,13 @@ class TaskRepository:
 
 _ITERATE_SIZE: Final = 500
 _JSON: Final = json.JSONEncoder(ensure_ascii=False).encode
-_records: Final = records_of(TaskRecord)
+_record, _records = makers_of(TaskRecord)
 
 
 def _one(rows: Sequence[Row]) -> TaskRecord:
     if not rows:
         raise TaskNotFoundError
-    return _records(rows[:1])[0]
+    return _record(rows[0])
 
 
 def _one_if_fresh(rows: Sequence[Row]) -> TaskRecord:
@@ -429,7 +427,7 @@ def _one_if_fresh(rows: Sequence[Row]) -> TaskRecord:
     *columns, changed = rows[0]
     if not changed:
         raise StaleTaskError
-    return _records([columns])[0]
+    return _record(columns)
 
 
 def _found(rows: Sequence[Row]) -> None:
@@ -482,15 +480,6 @@ def _filters(completed: bool | None, search: str | None) -> Filters:  # noqa: FB
     return (None if completed is None else inputs.completed(completed), inputs.search(search))
 
 
-def _filter_flags(filters: Filters) -> tuple[bool, bool]:
-    return filters[0] is not None, filters[1] is not None
-
-
-def _filter_values(filters: Filters) -> dict[str, object]:
-    names = ("completed", "pattern")
-    return {name: value for name, value in zip(names, filters, strict=True) if value is not None}
-
-
 def _column_values(changes: Mapping[str, object]) -> dict[str, object]:
     return {f"new_{name}": value for name, value in changes.items()}
 
@@ -517,21 +506,32 @@ def _scope(sort: TaskSort, filters: Filters) -> Scope:
     return "tasks", sort.value, *filters
 
 
+# What a first page comes after.
+_FIRST: Final[dict[TaskSort, tuple[Key | None, ...]]] = {
+    TaskSort.NEWEST: (BIGINT_MAX,),
+    TaskSort.OLDEST: (0,),
+    TaskSort.RECENTLY_UPDATED: (None,),
+    TaskSort.TITLE: (None,),
+}
+
+
 def _page(
     sort: TaskSort, filters: Filters, limit: int, after: tuple[Key, ...] | None
 ) -> Operation[Page[TaskRecord]]:
     def result(rows: Sequence[Row]) -> Page[TaskRecord]:
         return page_of(_records(rows), limit, _scope(sort, filters), partial(_keys, sort))
 
-    # One more row than the page shows whether there is a next page.
-    values = _filter_values(filters) | {"limit": limit + 1}
-    if sort is TaskSort.NEWEST:
-        values["after_id"] = BIGINT_MAX if after is None else after[-1]
-    elif sort is TaskSort.OLDEST:
-        values["after_id"] = 0 if after is None else after[-1]
-    elif after is not None:
-        values |= {"after_key": after[0], "after_id": after[-1]}
-    statement = _page_statement(sort, *_filter_flags(filters), after=after is not None)
+    completed, pattern = filters
+    keys = _FIRST[sort] if after is None else after
+    values = {
+        "completed": completed,
+        "pattern": pattern,
+        "after_key": keys[0],
+        "after_id": keys[-1],
+        # One more row than the page shows whether there is a next page.
+        "limit": limit + 1,
+    }
+    statement = _page_statement(sort, completed is not None, pattern is not None, after is not None)
     return Operation(statement, values, result, Retry.READ_ONLY)
 
 
@@ -566,8 +566,7 @@ def _page_statement(
     sort: TaskSort,
     completed: bool,  # noqa: FBT001
     search: bool,  # noqa: FBT001
-    *,
-    after: bool,
+    after: bool,  # noqa: FBT001
 ) -> Statement:
     def build(owner: ColumnElement[str]) -> Executable:
         first = select(owner).scalar_subquery()

@@ -12,7 +12,7 @@ from todo_db import inputs
 from todo_db.errors import EmailTakenError, TodoDBError, UnavailableError, UserNotFoundError
 from todo_db.inputs import UserChanges
 from todo_db.models import User
-from todo_db.records import UserRecord, records_of
+from todo_db.records import UserRecord, makers_of
 from todo_db.repositories.statements import Executor, Operation, Retry, Row, Statement
 
 _COLUMNS: Final = (
@@ -26,7 +26,7 @@ _COLUMNS: Final = (
     User.updated_at,
 )
 _ENSURE_TRIES: Final = 3
-_records: Final = records_of(UserRecord)
+_record, _ = makers_of(UserRecord)
 
 
 class UserRepository:
@@ -173,11 +173,11 @@ class UserRepository:
 def _one(rows: Sequence[Row]) -> UserRecord:
     if not rows:
         raise UserNotFoundError
-    return _records(rows[:1])[0]
+    return _record(rows[0])
 
 
 def _one_or_none(rows: Sequence[Row]) -> UserRecord | None:
-    return _records(rows[:1])[0] if rows else None
+    return _record(rows[0]) if rows else None
 
 
 def _found(rows: Sequence[Row]) -> None:
