@@ -509,7 +509,10 @@ class Database:
         if missing or revision is None or revision < REVISION:
             raise SchemaError
         if owned or bypassing:
-            raise IsolationError("the role of the transactions is not bound by row-level security")
+            raise IsolationError(
+                "the role of the transactions is not bound by row-level security: `todo-db doctor` "
+                "says why"
+            )
         if unfenced is not None:
             raise IsolationError(
                 f"{ROLE} can reach tables without a fence: {unfenced}. Use op.fence or op.share in "

@@ -49,7 +49,6 @@ class TestAdd:
         assert over == ["soon"]
         await asyncio.sleep(0.2)
         assert over == ["soon", "later"]
-        deadlines.clear()
 
     async def test_sets_one_timer_for_those_of_one_length(
         self, deadlines: Deadlines[str], timers: list[float]
@@ -59,14 +58,12 @@ class TestAdd:
             deadlines.add(f"statement {number}", first + number)
             deadlines.remove(f"statement {number}")
         assert timers == [first]
-        deadlines.clear()
 
     async def test_moves_a_deadline(self, deadlines: Deadlines[str], over: list[str]) -> None:
         deadlines.add("statement", _in(0.05))
         deadlines.add("statement", _in(60))
         await asyncio.sleep(0.1)
         assert over == []
-        deadlines.clear()
 
     async def test_by_what_expires_is_kept(self) -> None:
         times: list[float] = []
@@ -104,12 +101,3 @@ class TestRemove:
         deadlines.remove("statement")
         await asyncio.sleep(0.1)
         assert deadlines._timer is None
-
-
-class TestClear:
-    async def test_forgets_all(self, deadlines: Deadlines[str], over: list[str]) -> None:
-        deadlines.add("one", _in(0.02))
-        deadlines.add("other", _in(0.03))
-        deadlines.clear()
-        await asyncio.sleep(0.1)
-        assert over == []

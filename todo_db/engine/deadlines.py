@@ -31,20 +31,11 @@ class Deadlines[T]:
         """Forget the item, if it is not over yet."""
         self._deadlines.pop(item, None)
 
-    def clear(self) -> None:
-        """Forget all."""
-        self._deadlines.clear()
-        self._stop()
-
     def _set_timer(self, deadline: float) -> None:
-        self._stop()
-        self._rings = deadline
-        self._timer = asyncio.get_running_loop().call_at(deadline, self._ring)
-
-    def _stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+        self._rings = deadline
+        self._timer = asyncio.get_running_loop().call_at(deadline, self._ring)
 
     def _ring(self) -> None:
         self._timer = None
