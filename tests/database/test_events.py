@@ -63,12 +63,10 @@ def of_the_code() -> list[Event]:
 
 def of_the_page() -> list[Event]:
     page = (ROOT / "docs" / "reference" / "events.md").read_text()
-    rows = re.findall(
-        r"^\| `(todo_db\.[\w.]+)` \| (\w+) \| ([^|]+) \| ([^|]*)\|", page, re.MULTILINE
-    )
+    rows = re.findall(r"^\| `(todo_db\.[\w.]+)`([^|]*) \| (\w+), ([^|]+) \|", page, re.MULTILINE)
     return [
         Event(name, level, logger, tuple(re.findall(r"`(\w+)`", fields)))
-        for name, level, loggers, fields in rows
+        for name, fields, level, loggers in rows
         for logger in re.findall(r"`([\w.]+)`", loggers)
     ]
 
