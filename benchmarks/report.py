@@ -29,6 +29,8 @@ _FLOOR: Final = "asyncpg-fenced"
 _COLOURS: Final = {"todo_db": "#1f6feb", "todo_db-owner": "#79b1ff"}
 _FENCED_COLOUR: Final = "#57606a"
 _UNFENCED_COLOUR: Final = "#c9ced6"
+# It can be read on a white and on a black page.
+_GREY: Final = "#7d8590"
 
 type Results = Mapping[str, Any]
 
@@ -195,9 +197,13 @@ def lines(path: Path, title: str, label: str, series: Mapping[str, Mapping[int, 
         axis.loglog(list(points), list(points.values()), marker="o", markersize=3, label=name)
     axis.set_xlabel(label, fontsize=9)
     axis.set_ylabel("ms", fontsize=9)
-    axis.grid(visible=True, color="#e6e8eb")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
+    axis.grid(visible=True, color=_GREY, alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.suptitle(title, fontsize=10)
     save(figure, path)
 
@@ -246,9 +252,8 @@ def _plt() -> Any:  # noqa: ANN401  # it is not installed where mypy runs
     mpl.use("svg")
     # Text stays text, and ids are the same in each run.
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "todo_db"})
-    # A grey that can be read on a white and on a black page.
     colours = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    mpl.rcParams.update(dict.fromkeys(colours, "#7d8590"))
+    mpl.rcParams.update(dict.fromkeys(colours, _GREY))
     mpl.rcParams.update({"axes.facecolor": "none", "savefig.transparent": True})
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
