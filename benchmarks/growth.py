@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 from itertools import cycle
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import asyncpg
 import report
@@ -14,9 +14,6 @@ from server import Server
 
 from todo_db import Database, NewTask, TaskSort
 
-_TABLES: Final = (1_000, 10_000, 100_000, 1_000_000)
-_LARGEST: Final = 5_000_000
-_LISTS: Final = (10, 100, 1_000, 10_000, 100_000)
 _PER_USER: Final = 200
 _SECONDS: Final = 0.5
 _CALLS: Final = 200
@@ -30,7 +27,6 @@ _HEAVY: Final = """
 _FORGET: Final = "DELETE FROM users WHERE id = 'heavy'"
 _NO_INDEX: Final = "DROP INDEX IF EXISTS open_tasks"
 _INDEX: Final = "CREATE INDEX open_tasks ON tasks (user_id) WHERE NOT completed"
-_INDEX_ROUNDS: Final = 3
 # What a count would be, if each value of `completed` had a statement of its own.
 _LITERAL: Final = """
     WITH result AS MATERIALIZED (
@@ -38,6 +34,27 @@ _LITERAL: Final = """
     )
     SELECT * FROM result WHERE (SELECT set_config('todo_db.user_id', $1, true)) IS NOT NULL
 """
+
+
+class Amount(NamedTuple):
+    """How much is measured."""
+
+    tables: tuple[int, ...]
+    lists: tuple[int, ...]
+    indexed: tuple[int, ...]
+    """The lists of which an index is measured, in so many rounds."""
+    rounds: int
+    users: int = 1_000
+
+
+FULL: Final = Amount(
+    (1_000, 10_000, 100_000, 1_000_000),
+    (10, 100, 1_000, 10_000, 100_000),
+    indexed=(10_000, 100_000),
+    rounds=3,
+)
+LARGE: Final = FULL._replace(tables=(*FULL.tables, 5_000_000))
+ATTEMPT: Final = Amount((1_000,), (10, 1_000), indexed=(1_000,), rounds=1, users=10)
 
 type Call = Callable[[], Awaitable[object]]
 type Series = dict[str, dict[int, float]]
@@ -96,11 +113,11 @@ async def by_table(server: Server, sizes: tuple[int, ...]) -> Series:
     return series
 
 
-async def by_list(server: Server) -> Series:
+async def by_list(server: Server, lengths: tuple[int, ...]) -> Series:
     """Measure users with longer and longer lists, beside 1,000 users of 200 tasks."""
     await server.seed(server.users, server.tasks)
     series: Series = {}
-    for length in _LISTS:
+    for length in lengths:
         await server.execute(_HEAVY.format(length))
         await server.execute("VACUUM (ANALYZE) tasks")
         async with Database.from_url(server.url("application")) as db:
@@ -110,14 +127,14 @@ async def by_list(server: Server) -> Series:
     return series
 
 
-async def by_index(server: Server) -> str:
+async def by_index(server: Server, amount: Amount) -> str:
     """Measure reads and writes of a long list without and with the index, in turn."""
     found: dict[str, tuple[list[float], list[float]]] = {}
-    for _ in range(_INDEX_ROUNDS):
+    for _ in range(amount.rounds):
         for column, sql in enumerate((_NO_INDEX, _INDEX)):
             await server.seed(server.users, server.tasks)
             await server.execute(sql)
-            for length in (10_000, 100_000):
+            for length in amount.indexed:
                 await server.execute(_HEAVY.format(length))
                 await server.execute("VACUUM (ANALYZE) tasks")
                 for name, value in (await _reads_and_writes(server)).items():
@@ -159,13 +176,12 @@ async def _reads_and_writes(server: Server) -> dict[str, float]:
     return found
 
 
-def measure(page: Path | None, charts: Path | None, *, large: bool) -> None:
+def measure(page: Path | None, charts: Path | None, amount: Amount) -> None:
     """Measure everything, and report it."""
-    sizes = (*_TABLES, _LARGEST) if large else _TABLES
-    with Server(users=1_000, tasks=200_000) as server:
-        tables = asyncio.run(by_table(server, sizes))
-        lists = asyncio.run(by_list(server))
-        index = asyncio.run(by_index(server))
+    with Server(users=amount.users, tasks=amount.users * _PER_USER) as server:
+        tables = asyncio.run(by_table(server, amount.tables))
+        lists = asyncio.run(by_list(server, amount.lists))
+        index = asyncio.run(by_index(server, amount))
     if charts is not None:
         report.lines(charts / "growth-table.svg", "One user has 200 tasks", "tasks in all", tables)
         report.lines(charts / "growth-list.svg", "A long list", "tasks of one user", lists)

@@ -20,7 +20,8 @@
 It starts a PostgreSQL, seeds 200,000 tasks of 1,000 users, and runs the same work by each
 contestant, in a fresh process each time, in turn. `--quick` does what is exact: the proof that
 each contestant does the work, and its round trips. `--growth` measures todo_db alone, with larger
-and larger tables and lists.
+and larger tables and lists. `--try` does the same work, with so few tasks and calls that the
+figures mean nothing.
 """
 
 import argparse
@@ -57,17 +58,19 @@ def main() -> None:
     options = _options()
     page, images = (_PAGE, _IMAGES) if options.docs else (None, options.out)
     if options.growth:
-        growth.measure(page, images, large=options.large)
+        whole = growth.LARGE if options.large else growth.FULL
+        growth.measure(page, images, growth.ATTEMPT if options.attempt else whole)
         return
-    users, tasks = (10, 2_000) if options.quick else (1_000, 200_000)
+    mode, repeats = ("try", 1) if options.attempt else ("measure", options.rounds)
+    users, tasks = (10, 2_000) if options.quick or options.attempt else (1_000, 200_000)
     with Server(users=users, tasks=tasks) as server:
         postgres = asyncio.run(server.version())
         exact = _round("exact", server, options)
         _check(exact)
         rounds = []
-        for number in range(0 if options.quick else options.rounds):
-            print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
-            rounds.append(_round("measure", server, options))
+        for number in range(0 if options.quick else repeats):
+            print(f"round {number + 1} of {repeats}", file=sys.stderr)
+            rounds.append(_round(mode, server, options))
     parts = {"trips": report.trips(exact)}
     if rounds:
         found = report.medians(rounds)
@@ -94,6 +97,7 @@ def _options() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--quick", action="store_true", help="only what is exact")
     what.add_argument("--growth", action="store_true", help="only todo_db, on larger tables")
+    parser.add_argument("--try", action="store_true", dest="attempt", help="only see it work")
     parser.add_argument("--large", action="store_true", help="--growth up to 5 million tasks")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="5 by default")
     parser.add_argument("--only", nargs="+", choices=ROSTER, default=list(ROSTER), metavar="NAME",

@@ -10,10 +10,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from itertools import count
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 from contestants import PAGE, ROSTER, Contestant
 from seed import seeded
@@ -22,7 +22,19 @@ CONNECTIONS: Final = 10
 TASKS: Final = 32
 BULK: Final = 100
 MILLISECONDS: Final = (2, 20)
-# How often each call is made: for its CPU time, at 2 ms, and at 20 ms.
+
+
+class Amount(NamedTuple):
+    """How much is measured."""
+
+    calls: Mapping[str, tuple[int, int, int]]
+    """How often each call is made: for its CPU time, at 2 ms, and at 20 ms."""
+    seconds: float
+    """How long many tasks read at once."""
+    waits: bool = True
+    """Whether the database is as far away as it is said to be."""
+
+
 CALLS: Final = {
     "get": (200, 10, 3),
     "list": (100, 10, 3),
@@ -33,7 +45,10 @@ CALLS: Final = {
     "delete": (200, 10, 3),
     "count": (200, 10, 3),
 }
-_SECONDS: Final = 1.0
+AMOUNTS: Final = {
+    "measure": Amount(CALLS, seconds=1.0),
+    "try": Amount(dict.fromkeys(CALLS, (5, 1, 1)), seconds=0.1, waits=False),
+}
 _BATCHES: Final = 5
 # By then every statement is prepared, whatever a library waits for.
 _WARM: Final = 8
@@ -147,7 +162,7 @@ async def prove(it: Contestant, ids: range, users: int) -> None:
 # What is measured: `run.py` takes the medians of several runs.
 
 
-async def measured(it: Contestant, url: str, ids: range) -> Result:
+async def measured(it: Contestant, url: str, ids: range, amount: Amount) -> Result:
     """Measure the first call, then warm calls without and with a delay, then many at once."""
     from wire import Wire  # noqa: PLC0415
 
@@ -156,23 +171,27 @@ async def measured(it: Contestant, url: str, ids: range) -> Result:
     await it.get(_USER, ids[-PAGE])
     result: Result = {"first ms": (time.perf_counter() - begun) * 1e3}
 
-    calls = await calls_of(it, ids[-PAGE], sum(CALLS["delete"]) + 2 * _WARM)
+    calls = await calls_of(it, ids[-PAGE], sum(amount.calls["delete"]) + 2 * _WARM)
     await warm(calls)
     cpu: dict[str, float] = {}
     latency: dict[str, float] = {}
     for name, call in calls.items():
-        cpu[name], latency[name] = await cost(call, CALLS[name][0])
-    result |= {"cpu us": cpu, "0 ms": latency, "get/s": await throughput(it, ids[-PAGE])}
+        cpu[name], latency[name] = await cost(call, amount.calls[name][0])
+    result |= {
+        "cpu us": cpu,
+        "0 ms": latency,
+        "get/s": await throughput(it, ids[-PAGE], amount.seconds),
+    }
     await it.close()
 
     with Wire(url) as wire:
         await it.open(wire.url, CONNECTIONS)
-        calls = await calls_of(it, ids[-PAGE], sum(CALLS["delete"]) + 2 * _WARM)
+        calls = await calls_of(it, ids[-PAGE], sum(amount.calls["delete"]) + 2 * _WARM)
         await warm(calls)
         for column, delay in enumerate(MILLISECONDS, start=1):
-            wire.delay(delay / 1e3)
+            wire.delay(delay / 1e3 if amount.waits else 0)
             result[f"{delay} ms"] = {
-                name: await wait(call, CALLS[name][column]) for name, call in calls.items()
+                name: await wait(call, amount.calls[name][column]) for name, call in calls.items()
             }
         wire.delay(0)
         await it.close()
@@ -203,7 +222,7 @@ async def wait(call: Call, calls: int) -> float:
     return statistics.median(times)
 
 
-async def throughput(it: Contestant, read: int) -> float:
+async def throughput(it: Contestant, read: int, seconds: float) -> float:
     """Return how many reads a second 32 tasks finish on 10 connections."""
     done, end = 0, 0.0
     all_warm = asyncio.Barrier(TASKS + 1)
@@ -223,9 +242,9 @@ async def throughput(it: Contestant, read: int) -> float:
             group.create_task(task())
         while all_warm.n_waiting < TASKS:  # noqa: ASYNC110  # they wait for this one in turn
             await asyncio.sleep(0.01)
-        end = time.perf_counter() + _SECONDS
+        end = time.perf_counter() + seconds
         await all_warm.wait()
-    return done / _SECONDS
+    return done / seconds
 
 
 def main() -> None:
@@ -244,7 +263,7 @@ def main() -> None:
         if mode == "exact":
             result = runner.run(exact(it, url, ids, int(users)))
         else:
-            result = runner.run(measured(it, url, ids)) | {"import ms": imported}
+            result = runner.run(measured(it, url, ids, AMOUNTS[mode])) | {"import ms": imported}
     print(json.dumps(result))
 
 
