@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import Any, Final
 
 import pytest
 from driver import Connection
+from pages import blocks, fenced
 from typer.main import get_command
-from typer.testing import CliRunner
 
 import todo_db.fastapi
 from todo_db import Database, better_auth, errors, gate, models, repositories, testing
 from todo_db.cli.app import app
-from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres
+from todo_db.embedded import LOGIN, EmbeddedPostgres
 from todo_db.gate import NEXT as LISTED
 from todo_db.gate import Event, State
 
@@ -47,14 +46,6 @@ NEXT: Final = {
     (state, event): LISTED.get((state, event), state) for state in State for event in Event
 }
 COMMANDS: Final = getattr(get_command(app), "commands", {})
-
-
-def fenced(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return fenced(page.read_text(), language)
 
 
 def rows(text: str, first: str) -> list[list[str]]:
@@ -236,23 +227,6 @@ class TestShell:
         for page in PAGES:
             named |= set(re.findall(r"todo-db ([a-z]+)", page.read_text()))
         assert named == COMMANDS.keys()
-
-    def test_look_at_the_data_as_the_reference_says(
-        self,
-        todo_postgres: EmbeddedPostgres,
-        todo_database_name: str,
-        monkeypatch: pytest.MonkeyPatch,
-        capfd: pytest.CaptureFixture[str],
-    ) -> None:
-        url = todo_postgres.url(user=OWNER, database=todo_database_name)
-        monkeypatch.setenv("DATABASE_URL", url)
-        (shown,) = blocks(REFERENCE / "command-line.md", "console")
-        for line in shown.splitlines():
-            arguments = shlex.split(line.removeprefix("$ todo-db "))
-            assert CliRunner().invoke(app, arguments).exit_code == 0, line
-        plan, count = capfd.readouterr().out.split("QUERY PLAN")[1].split("BEGIN")
-        assert "idx_tasks_user_id" in plan
-        assert re.search(r"^ +0$", count, re.MULTILINE)
 
     def test_names_scripts_that_exist(self) -> None:
         for page in PAGES:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import tracked
 
 from todo_db import Settings
 from todo_db.embedded import LOGIN, EmbeddedPostgres
@@ -80,14 +81,6 @@ class TestTree:
 
     def test_no_file_names_a_package_index(self) -> None:
         hosts = "|".join(("python" + "hosted", "py" + r"pi\.org", "registry" + r"\.npm"))
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            check=True,
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
-        for name in filter(None, listed.stdout.split("\0")):
-            path = ROOT / name
-            if path.is_file():
-                assert not re.search(hosts, path.read_text(errors="replace")), name
+        for name in tracked():
+            text = (ROOT / name).read_text(errors="replace")
+            assert not re.search(hosts, text), name

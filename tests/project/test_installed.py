@@ -3,13 +3,9 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import zipfile
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
 
 import pytest
 
@@ -20,33 +16,11 @@ pytestmark = pytest.mark.matrix
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    # The wheel is built from the source distribution.
-    subprocess.run(["uv", "build", "--quiet", "--out-dir", folder, ROOT], check=True)
-    (built,) = folder.glob("*.whl")
-    return built
-
-
-@pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("environment") / "venv"
     subprocess.run(["uv", "venv", "--quiet", "--python", "3.13", folder], check=True)
     subprocess.run(
         ["uv", "pip", "install", "--quiet", "--python", folder / "bin" / "python", f"{wheel}[cli]"],
-        check=True,
-    )
-    return folder / "bin"
-
-
-@pytest.fixture(scope="module")
-def application(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the developers of an application install."""
-    folder = tmp_path_factory.mktemp("application") / "venv"
-    packages = [f"{wheel}[cli,fastapi,testing]", "httpx", "uvicorn"]
-    subprocess.run(["uv", "venv", "--quiet", "--python", "3.13", folder], check=True)
-    subprocess.run(
-        ["uv", "pip", "install", "--quiet", "--python", folder / "bin" / "python", *packages],
         check=True,
     )
     return folder / "bin"
@@ -64,19 +38,6 @@ def run(program: Path, *arguments: str, folder: Path, **settings: str) -> str:
             done.returncode, program.name, done.stdout, f"{done.stdout}{done.stderr}"
         )
     return done.stdout
-
-
-@contextmanager
-def serving(application: Path, folder: Path) -> Generator[str]:
-    """Keep `todo-db serve` running, and yield the URL that it prints."""
-    with subprocess.Popen(
-        [application / "todo-db", "serve"], stdout=subprocess.PIPE, text=True, cwd=folder
-    ) as server:
-        try:
-            assert server.stdout is not None
-            yield server.stdout.readline().strip().partition("=")[2]
-        finally:
-            server.send_signal(signal.SIGINT)
 
 
 class TestWheel:
@@ -122,101 +83,3 @@ class TestNotebook:
         folder = shutil.copytree(ROOT / "examples" / "notebook", tmp_path / "notebook")
         told = run(application / "python", "-m", "pytest", "-q", folder=folder)
         assert re.search(r"^\d+ passed", told, re.MULTILINE)
-
-
-TABLES: Final = """
-
-class Project(Owned, Base):
-    __tablename__ = "projects"
-    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
-    name: Mapped[str] = mapped_column(String(50))
-
-
-class LabelledProject(Owned, Base):
-    __tablename__ = "labelled_projects"
-    project_id: Mapped[int] = owned_reference(Project.id, primary_key=True)
-    label_id: Mapped[int] = owned_reference(Label.id, primary_key=True)
-"""
-TESTS: Final = {
-    "conftest.py": """
-from pathlib import Path
-import pytest
-pytest_plugins = ["todo_db.testing"]
-
-
-@pytest.fixture(scope="session")
-def todo_migrations() -> Path:
-    return Path("pyproject.toml")
-""",
-    "test_isolation.py": """
-import pytest
-from models import Label, LabelledProject, Project
-from todo_db.testing import assert_fenced
-
-
-@pytest.mark.parametrize("model", [Label, Project, LabelledProject])
-async def test_table_is_fenced(database, model):
-    await assert_fenced(database, model)
-""",
-}
-
-
-class TestWalk:
-    """From an empty folder to a proof, with what the how-to says."""
-
-    def test_two_tables_and_a_child_of_both_are_fenced(
-        self, application: Path, tmp_path: Path
-    ) -> None:
-        def call(program: str, *arguments: str) -> str:
-            return run(application / program, *arguments, folder=tmp_path, **settings)
-
-        settings: dict[str, str] = {}
-        call("todo-db", "init")
-        models = tmp_path / "models.py"
-        text = models.read_text().replace("import Base", "import owned_reference, Base")
-        models.write_text(text + TABLES)
-        for name, content in TESTS.items():
-            (tmp_path / name).write_text(content)
-        (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\npythonpath = .\n")
-        with serving(application, tmp_path) as settings["DATABASE_URL"]:
-            call("alembic", "revision", "--autogenerate", "-m", "add tables")
-            call("alembic", "upgrade", "head")
-            call("alembic", "check")
-        assert "3 passed" in call("python", "-m", "pytest", "-q")
-        own = [*"".join(TESTS.values()).splitlines(), *TABLES.splitlines()]
-        lines = [line for line in own if line.strip() and "Mapped[" not in line]
-        assert len(lines) <= 25
-
-
-REQUESTS: Final = """
-from fastapi.testclient import TestClient
-from main import app
-
-with TestClient(app) as client:
-    made = client.post("/api/tasks", json={"title": "Buy milk"}, headers={"X-User-Id": "alice"})
-    path = f"/api/tasks/{made.json()['id']}"
-    got = [client.get(path, headers={"X-User-Id": user}) for user in ("alice", "bob")]
-    print(*(response.status_code for response in (made, *got, client.get(path))))
-"""
-
-
-class TestFirstTask:
-    """From an empty folder to a task over HTTP, with the code of the how-to."""
-
-    def test_is_its_owners(self, application: Path, tmp_path: Path) -> None:
-        def call(program: str, *arguments: str) -> str:
-            return run(application / program, *arguments, folder=tmp_path)
-
-        call("todo-db", "init")
-        call("todo-db", "migrate")
-        url = call("todo-db", "login", "todo_login").strip()
-        (tmp_path / ".env").write_text(f"DATABASE_URL='{url}'\n")
-        page = (ROOT / "docs" / "how-to" / "fastapi.md").read_text()
-        blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-        routes, _, authentication = blocks[:3]
-        (tmp_path / "main.py").write_text(f"{routes}\n{authentication}")
-        with serving(application, tmp_path):
-            # Stores alice and bob.
-            call("todo-db", "seed", "--tasks", "0")
-            assert call("python", "-c", REQUESTS) == "201 200 404 401\n"
-            call("todo-db", "doctor")
