@@ -287,9 +287,13 @@ class TestDeployment:
         )
 
     @typed("docs/how-to/running.md")
-    def test_probe(self, console: list[list[str]], installed: Terminal, owners_url: str) -> None:
-        (((health,),)) = console
+    def test_running(self, console: list[list[str]], installed: Terminal, owners_url: str) -> None:
+        (migrate, doctor), (health,) = console
         installed.write(".env", f"DATABASE_URL='{owners_url}'")
+        url = login_url(installed.type("todo-db login deployed"))
+        installed.write(".env", f"DATABASE_URL='{url}'\nDIRECT_DATABASE_URL='{owners_url}'")
+        installed.type(migrate)
+        assert "No weakness was found" in installed.type(doctor)
         assert '"ok": true' in installed.type(health)
 
     @typed("docs/reference/command-line.md")
