@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-_SECONDS: Final = 120
+_SECONDS: Final = 600
 # What a line leaves in its shell, and so to the lines after it.
 _LASTING: Final = ("export ", "source ")
 _CONTROL: Final = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
