@@ -171,7 +171,9 @@ class TestClone:
         for page in ("README.md", "docs/explanation/performance.md"):
             before, after = marked(ROOT / page), marked(clone.folder / page)
             assert before.keys() == after.keys()
-            assert {name for name, part in after.items() if part == before[name]} == set()
+            changed = {name for name, part in after.items() if part != before[name]}
+            # Round trips are exact.
+            assert changed == before.keys() - {"trips"}
         for chart in (ROOT / "docs" / "images").glob("[bg]*h-*.svg"):
             drawn = clone.folder / chart.relative_to(ROOT)
             assert drawn.read_text() != chart.read_text(), chart.name
