@@ -53,7 +53,10 @@ class TestWheel:
         assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"todo_db"}
 
     def test_demo_runs_from_an_empty_folder(self, environment: Path, tmp_path: Path) -> None:
-        assert "All claims are true" in run(environment / "todo-db", "demo", folder=tmp_path)
+        shown = run(environment / "todo-db", "demo", folder=tmp_path, COLUMNS="80")
+        assert "All claims are true" in shown
+        # A longer line is broken at its end, and the rest begins at the margin.
+        assert "\nrows=" not in shown
 
     def test_migrates_from_an_empty_folder(self, environment: Path, tmp_path: Path) -> None:
         todo_db = environment / "todo-db"

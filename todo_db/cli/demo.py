@@ -20,7 +20,8 @@ from todo_db.settings import Settings
 _VOLUME: Final = 5_000
 _READERS: Final = 25
 _PLANNED: Final = """
-    EXPLAIN (ANALYZE, COSTS OFF, BUFFERS OFF) SELECT * FROM tasks WHERE user_id = 'reader07'
+    EXPLAIN (ANALYZE, COSTS OFF, BUFFERS OFF, TIMING OFF)
+    SELECT * FROM tasks WHERE user_id = 'reader07'
 """
 
 
