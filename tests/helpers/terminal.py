@@ -8,8 +8,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Timer
 from typing import Final
 
 _SECONDS: Final = 600
@@ -75,6 +76,8 @@ class Terminal:
             text=True,
             process_group=0,
         ) as process:
+            late = Timer(_SECONDS, os.killpg, (process.pid, signal.SIGKILL))
+            late.start()
             try:
                 assert process.stdout is not None
                 printed = ""
@@ -82,10 +85,13 @@ class Terminal:
                     more = process.stdout.readline()
                     assert more, f"{line}\n{printed}"
                     printed += more
+                late.cancel()
                 yield found[1]
             finally:
+                late.cancel()
                 # A terminal sends it to every process of the line.
-                os.killpg(process.pid, signal.SIGINT)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGINT)
 
     def paste(self, line: str, sources: Sequence[str]) -> str:
         """Paste code into the prompt of Python that a line starts; return what is printed."""

@@ -106,7 +106,7 @@ class TestPages:
             if not name.endswith(".md"):
                 continue
             for language, block in re.findall(
-                r"^```(.*)\n(.*?)^```$", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE
+                r"^```([^\n]*)\n(.*?)^```$", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE
             ):
                 assert language not in {"bash", "sh", "shell", "zsh"}, name
                 assert bool(commands(block)) == (language == "console"), (name, block)
