@@ -10,7 +10,7 @@ from sqlalchemy import URL
 
 from todo_db.errors import ConfigurationError
 from todo_db.logins import role_settings
-from todo_db.server import Server
+from todo_db.server import Server, socket_folder
 from todo_db.settings import Settings
 
 OWNER: Final = "todo_owner"
@@ -129,7 +129,7 @@ class EmbeddedPostgres:
     def _socket_folder(self) -> str:
         if not self._server.is_used:
             raise ConfigurationError("the embedded PostgreSQL is not running")
-        return str(self._server.socket_folder)
+        return str(socket_folder(self.log.parent))
 
     def _psql(self, *statements: str) -> None:
         place = ["-h", self._socket_folder(), "-U", "postgres", "postgres"]

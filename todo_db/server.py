@@ -5,7 +5,8 @@ Three files in the folder are locked by `flock`, which the kernel releases with 
 - `starting`, exclusive, while a program starts or stops the server;
 - `users`, shared, while a program uses the server;
 - `server`, exclusive, by the server itself, which inherits the lock from the program that starts
-  it. So a free lock says that no process of the server is left, whatever its files say.
+  it. So a free lock says that no process of the server is left, whatever its files say. Who asks
+  locks it shared, so that nobody who asks is taken for the server.
 
 A process is never identified by a number alone: after a crash or a restart of a container the
 number in `postmaster.pid` may be that of another program.
@@ -34,30 +35,39 @@ _CACHE: Final = Path("/var/lib/todo-db")
 # The server's own name for its current folder. It has no character that the shell of initdb would
 # read, and needs no right on the folders above.
 _HERE: Final = Path("/proc/self/cwd")
+_LINKS: Final = "~/.cache/todo-db"
 _SOCKET: Final = ".s.PGSQL.5432"
 # sockaddr_un has 108 bytes, with a NUL at its end.
 _LONGEST_FOLDER: Final = 107 - len(f"/{_SOCKET}")
 _PATIENCE_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.005
 _STATUS_LINE: Final = 7
-# Waits until the last user has ended, however it ended, and then stops the server. Its arguments
-# are postmaster.pid and the descriptors of `server` and `users`. While the lock `server` is held by
-# someone, the number in postmaster.pid is the server's own.
+# Waits until the last user has ended, however it ended, and then stops the server, also one that
+# has not written its number yet. Its arguments are postmaster.pid and the descriptors of `server`
+# and `users`. While the lock `server` is held by someone, the number in postmaster.pid is the
+# server's own.
 _KEEPER: Final = """
-import fcntl, os, signal, sys
+import fcntl, os, signal, sys, time
 for each in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
     signal.signal(each, signal.SIG_IGN)
 server, users = int(sys.argv[2]), int(sys.argv[3])
 fcntl.flock(users, fcntl.LOCK_EX)
-try:
-    fcntl.flock(server, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except OSError:
+while True:
     try:
-        os.kill(int(open(sys.argv[1]).readline()), signal.SIGINT)
+        number = int(open(sys.argv[1]).readline())
     except (OSError, ValueError):
-        sys.exit()
-    fcntl.flock(server, fcntl.LOCK_EX)
-os.close(server)
+        number = None
+    try:
+        fcntl.flock(server, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        break
+    except OSError:
+        pass
+    try:
+        if number is not None:
+            os.kill(number, signal.SIGINT)
+    except OSError:
+        pass
+    time.sleep(0.1)
 """
 # The shell forks and ends, so that the server is a child of init. "$@" is not read again.
 _DETACHED: Final = ("/bin/sh", "-c", '"$@" &', "sh")
@@ -81,7 +91,6 @@ class Server:
         self._original = programs
         self._options = options
         self._lock: int | None = None
-        self._link: Path | None = None
         self._process = 0
 
     @property
@@ -89,16 +98,6 @@ class Server:
         """Whether this program uses the server."""
         # A child of a fork has the descriptor, but the lock is its parent's to release.
         return self._lock is not None and self._process == os.getpid()
-
-    @property
-    def socket_folder(self) -> Path:
-        """The folder of the socket, by a path that is short enough for one."""
-        if len(os.fsencode(self._folder)) <= _LONGEST_FOLDER:
-            return self._folder
-        if self._link is None:
-            self._link = Path(tempfile.mkdtemp(prefix="todo-db-")) / "s"
-            self._link.symlink_to(self._folder)
-        return self._link
 
     @property
     def programs(self) -> Path:
@@ -131,14 +130,31 @@ class Server:
         """
         if self.is_used:
             return
+        try:
+            self._use()
+        except OSError as error:
+            failure = ConfigurationError(
+                f"the embedded PostgreSQL cannot use {error.filename}: {error.strerror}"
+            )
+        else:
+            return
+        raise failure
+
+    def _use(self) -> None:
         self._prepare_folder()
         with self._starting():
             # Waits while the last user, or the keeper, is stopping the server.
             users = self._open("users")
             fcntl.flock(users, fcntl.LOCK_SH)
             try:
+                # Somebody else may have told it to stop.
+                self._wait_until(
+                    lambda: self._state() != "stopping" or not self._lives(), "does not stop"
+                )
                 if not self._lives():
                     self._begin()
+                # Also for one that a killed program began to start.
+                self._wait_until(self._is_ready, "did not start in time: see its log")
             except BaseException:
                 os.close(users)
                 raise
@@ -157,21 +173,24 @@ class Server:
             if self._can_lock("users", fcntl.LOCK_EX) or not self._can_lock("users", fcntl.LOCK_SH):
                 # Nobody uses it, or the keeper was faster and is stopping it.
                 self._wait_until(lambda: not self._lives(), "does not stop")
-        if self._link is not None:
-            shutil.rmtree(self._link.parent)
-            self._link = None
 
     # Starting
 
     def _prepare_folder(self) -> None:
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._folder.chmod(0o700)
-            _give(self._folder)
-        except OSError as error:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.chmod(0o700)
+        _give(self._folder)
+        link = socket_folder(self._folder)
+        if not link.is_absolute() or len(os.fsencode(link)) > _LONGEST_FOLDER:
             raise ConfigurationError(
-                f"the folder of the embedded PostgreSQL cannot be used: {error.strerror}"
-            ) from None
+                f"the path of the folder is too long for a socket, and that of {_LINKS} is no"
+                " shorter one: use another folder"
+            )
+        if link != self._folder and not link.is_symlink():
+            link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Another program may have been faster.
+            with suppress(FileExistsError):
+                link.symlink_to(self._folder)
 
     def _begin(self) -> None:
         """Start the server. The caller holds `starting`, and no process of the server is left."""
@@ -188,6 +207,8 @@ class Server:
         (self._folder / _SOCKET).unlink(missing_ok=True)
         with self._opened("server") as server, (self._folder / "log").open("ab") as log:
             fcntl.flock(server, fcntl.LOCK_EX)
+            # Before the server: this program may be killed at any time.
+            self._keep()
             self._run(
                 *_DETACHED,
                 *(self.programs / "postgres", "-D", _seen_from(self._data), "-k", "..", "-h", ""),
@@ -197,8 +218,6 @@ class Server:
                 output=log.fileno(),
                 descriptors=[server],
             )
-        self._wait_until(self._is_ready, "does not start")
-        self._keep()
 
     def _create_data(self) -> None:
         # An initdb that was interrupted left a folder of another name.
@@ -277,14 +296,18 @@ class Server:
 
     def _lives(self) -> bool:
         """Whether a process of the server is left: each has inherited the lock."""
-        return not self._can_lock("server", fcntl.LOCK_EX)
+        return not self._can_lock("server", fcntl.LOCK_SH)
 
     def _is_ready(self) -> bool:
         if not self._lives():
             raise ConfigurationError(
                 "the embedded PostgreSQL does not start: see the file log in its folder"
             )
-        return self._status()[_STATUS_LINE : _STATUS_LINE + 1] == ["ready"]
+        return self._state() == "ready"
+
+    def _state(self) -> str:
+        """Return what the server says of itself, such as `starting`, `ready` or `stopping`."""
+        return next(iter(self._status()[_STATUS_LINE:]), "")
 
     def _status(self) -> list[str]:
         try:
@@ -334,6 +357,18 @@ class Server:
         with self._opened("starting") as descriptor:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
+
+
+def socket_folder(folder: Path) -> Path:
+    """Return the folder of the socket: its own, or a link to it that has a short path.
+
+    The link stays, so that a URL with it works as long as the server runs.
+    """
+    if len(os.fsencode(folder)) <= _LONGEST_FOLDER:
+        return folder
+    # In a folder that nobody else may write to: who can change the link can pose as the server.
+    links = os.path.expanduser(_LINKS)  # noqa: PTH111  # it raises no error without a home
+    return Path(links, blake2b(os.fsencode(folder), digest_size=8).hexdigest())
 
 
 def _account() -> pwd.struct_passwd | None:

@@ -15,6 +15,9 @@ from todo_db import ConfigurationError
 from todo_db.embedded import DATABASE, LOGIN, OWNER, EmbeddedPostgres
 from todo_db.server import Server, _account
 
+# Longer than the path of a socket may be.
+LONG: Final = "x" * 120
+
 
 class TestStart:
     async def test_keeps_its_data_and_its_database(self, folder: Path) -> None:
@@ -69,17 +72,77 @@ class TestStart:
             EmbeddedPostgres(folder)
 
     @pytest.mark.parametrize(
-        "name", ["my projects", "it's", '"quoted"', "$HOME `id`", "überall ✓", "x" * 120]
+        "name", ["my projects", "it's", '"quoted"', "$HOME `id`", "überall ✓", LONG]
     )
-    async def test_works_in_a_folder_of_any_name(self, folder: Path, name: str) -> None:
+    async def test_works_in_a_folder_of_any_name(
+        self, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(folder))
         with EmbeddedPostgres(folder / name) as server:
             assert await answer(server) == 1
         assert left_in(folder / name) == []
 
     def test_refuses_a_file_in_its_place(self, folder: Path) -> None:
         (folder / "pg").write_text("")
-        with pytest.raises(ConfigurationError, match="cannot be used"):
+        with pytest.raises(ConfigurationError, match=r"cannot use .*/pg: File exists"):
             EmbeddedPostgres(folder / "pg").start()
+
+    @pytest.mark.parametrize("home", ["/" + LONG, "missing"])
+    def test_refuses_a_path_that_is_too_long_where_the_home_is_no_shorter(
+        self, folder: Path, home: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", home)
+        with pytest.raises(ConfigurationError, match="too long for a socket"):
+            EmbeddedPostgres(folder / LONG).start()
+
+    def test_says_what_it_cannot_use(self, folder: Path) -> None:
+        (folder / "pg" / "users").mkdir(parents=True)
+        with pytest.raises(ConfigurationError, match=r"cannot use .*/pg/users: Is a directory"):
+            EmbeddedPostgres(folder / "pg").start()
+
+    def test_waits_for_a_server_that_a_killed_program_began_to_start(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with EmbeddedPostgres(folder / "pg"):
+            with saying(folder / "pg", "starting"), monkeypatch.context() as patched:
+                patched.setattr("todo_db.server._PATIENCE_SECONDS", 0.1)
+                with pytest.raises(ConfigurationError, match="did not start in time: see its log"):
+                    EmbeddedPostgres(folder / "pg").start()
+            with EmbeddedPostgres(folder / "pg"):
+                pass
+
+    def test_waits_for_a_server_that_is_stopping(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with (
+            EmbeddedPostgres(folder / "pg"),
+            saying(folder / "pg", "stopping"),
+            monkeypatch.context() as patched,
+        ):
+            patched.setattr("todo_db.server._PATIENCE_SECONDS", 0.1)
+            with pytest.raises(ConfigurationError, match="does not stop"):
+                EmbeddedPostgres(folder / "pg").start()
+
+    def test_C3_server_that_takes_too_long_to_start_stops(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with EmbeddedPostgres(folder / "pg"):
+            pass
+        monkeypatch.setattr("todo_db.server._PATIENCE_SECONDS", 0)
+        with pytest.raises(ConfigurationError, match="did not start in time"):
+            EmbeddedPostgres(folder / "pg").start()
+        assert stops(folder / "pg")
+
+    def test_C3_server_of_a_program_that_is_killed_while_it_starts_stops(
+        self, folder: Path
+    ) -> None:
+        with subprocess.Popen(
+            [sys.executable, "-c", _STARTING, folder / "pg"], stdout=subprocess.PIPE, text=True
+        ) as user:
+            assert user.stdout is not None
+            assert user.stdout.readline() == "started\n"
+            user.kill()
+        assert stops(folder / "pg")
 
     def test_refuses_data_of_another_version(self, folder: Path) -> None:
         with EmbeddedPostgres(folder / "pg"):
@@ -157,6 +220,26 @@ def left_in(folder: Path) -> list[str]:
     return [name for name in names if name.startswith(("new-", "postmaster.pid", ".s.PGSQL"))]
 
 
+def stops(folder: Path) -> bool:
+    """Wait until its keeper has stopped a server; return whether it has."""
+    for _ in range(1_000):
+        server = Server(folder, folder)
+        if not server._lives():
+            break
+        sleep(0.01)
+    return left_in(folder) == []
+
+
+@contextmanager
+def saying(folder: Path, state: str) -> Generator[None]:
+    """Have a server say of itself that it is in another state."""
+    file = folder / "data" / "postmaster.pid"
+    said = file.read_text()
+    file.write_text(said.replace("ready", state))
+    yield
+    file.write_text(said)
+
+
 def opened(folder: Path) -> None:
     """Let every user of the system into a folder of the test."""
     folder.chmod(0o755)
@@ -182,6 +265,19 @@ from todo_db.embedded import EmbeddedPostgres
 with EmbeddedPostgres(pathlib.Path(sys.argv[1])):
     print("ready", flush=True)
     sys.stdin.read()
+"""
+
+
+# Says when the process of the server is there, and waits before it looks whether it is ready.
+_STARTING: Final = """
+import pathlib, sys, time
+from todo_db.embedded import EmbeddedPostgres
+from todo_db.server import Server
+def wait(server):
+    print("started", flush=True)
+    time.sleep(60)
+Server._is_ready = wait
+EmbeddedPostgres(pathlib.Path(sys.argv[1])).start()
 """
 
 
@@ -244,11 +340,7 @@ class TestStop:
     def test_C3_server_of_a_killed_program_stops(self, folder: Path) -> None:
         with using(folder / "pg") as user:
             user.kill()
-        for _ in range(1_000):
-            if not left_in(folder / "pg"):
-                break
-            sleep(0.01)
-        assert left_in(folder / "pg") == []
+        assert stops(folder / "pg")
 
     async def test_C3_program_after_a_killed_one_gets_a_server(self, folder: Path) -> None:
         for _ in range(3):
@@ -307,7 +399,7 @@ class TestStop:
             pass
         with monkeypatch.context() as patched:
             patched.setattr("todo_db.server._DETACHED", ("/missing",))
-            with pytest.raises(FileNotFoundError):
+            with pytest.raises(ConfigurationError, match="cannot use /missing: No such file"):
                 server.start()
         with server:
             assert server.url()
@@ -346,6 +438,16 @@ class TestPrivacy:
 
 
 class TestUrl:
+    async def test_of_a_long_folder_stays_the_same(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(folder))
+        with EmbeddedPostgres(folder / LONG) as server:
+            url = server.url()
+        with using(folder / LONG):
+            connection = await asyncpg.connect(url)
+            await connection.close()
+
     def test_needs_a_running_server(self, folder: Path) -> None:
         with pytest.raises(ConfigurationError, match="not running"):
             EmbeddedPostgres(folder).url()
