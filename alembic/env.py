@@ -6,20 +6,12 @@ from alembic import context
 from alembic.operations import MigrationScript
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 from sqlalchemy.schema import SchemaItem
 
 from todo_db.environment import run
 from todo_db.errors import ConfigurationError
 from todo_db.models import VERSION_TABLE, Base
-
-# Before its first release, this package used Alembic's own name for its version table.
-_HAS_OLD_NAME = text("""
-    SELECT to_regclass('public.todo_db_version') IS NULL
-        AND to_regclass('public.alembic_version') IS NOT NULL
-        AND EXISTS (SELECT FROM pg_constraint WHERE conrelid = to_regclass('public.tasks')
-            AND conname = 'ck_tasks_title_not_blank')
-""")
 
 
 def _number(
@@ -46,12 +38,7 @@ def _include(
     return not reflected or model is not None
 
 
-def _prepare(connection: Connection) -> None:
-    if connection.scalar(_HAS_OLD_NAME):
-        raise ConfigurationError(
-            "the version table of an earlier todo_db has its old name: "
-            f"ALTER TABLE alembic_version RENAME TO {VERSION_TABLE}"
-        )
+def _prepare(_connection: Connection) -> None:
     script = ScriptDirectory.from_config(context.config)
     known = {revision.revision for revision in script.walk_revisions()}
     if not known.issuperset(context.get_context().get_current_heads()):

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.schema import SchemaItem
 
-from todo_db.engine import create_direct_engine
+from todo_db.engine import connect_failure, create_direct_engine
 from todo_db.errors import (
     CallTimeoutError,
     ConfigurationError,
@@ -172,8 +172,8 @@ def run(
     url = cast("str | Callable[[], str] | None", context.config.attributes.get("url"))
     try:
         asyncio.run(_online(url() if callable(url) else url, migrate))
-    except TodoDBError as error:
-        failure = error
+    except (TodoDBError, ConnectionError, TimeoutError) as error:
+        failure = translated(error)
     except DBAPIError as error:
         if not isinstance(translated(error), IsolationError):
             raise
@@ -218,7 +218,7 @@ async def _connected(engine: AsyncEngine) -> AsyncConnection:
     try:
         return await engine.connect()
     except Exception as error:  # noqa: BLE001  # raised again as a TodoDBError
-        failure = translated(error)
+        failure = connect_failure(error, engine.url)
     raise failure
 
 
@@ -232,6 +232,9 @@ def direct_engine(url: str | None) -> AsyncEngine:
     if url is None:
         secret = settings.direct_database_url or settings.database_url
         if secret is None:
-            raise ConfigurationError("DATABASE_URL is not set")
+            raise ConfigurationError(
+                "neither DIRECT_DATABASE_URL nor DATABASE_URL is set: write the owner's URL into"
+                " .env, such as the one that `todo-db serve` prints"
+            )
         url = secret.get_secret_value()
     return create_direct_engine(url, settings)

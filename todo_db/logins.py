@@ -8,14 +8,13 @@ from typing import Final, Literal
 from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from todo_db.engine import create_direct_engine, execute_unlogged, parse_url
+from todo_db.engine import connect_failure, create_direct_engine, execute_unlogged, parse_url
 from todo_db.errors import (
     ConfigurationError,
     TodoDBError,
     UnavailableError,
     causes,
     sqlstate_of,
-    translated,
 )
 from todo_db.settings import Settings
 
@@ -58,6 +57,20 @@ _TAKEN: Final = ("42710", "23505")
 _CHANGED: Final = "tuple concurrently "
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that a login cannot have.
+
+    Raises:
+        ConfigurationError: It has other characters, or belongs to PostgreSQL or to todo_db.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigurationError(
+            "the name of a login has lower-case letters, digits and underscores, and at most 63"
+        )
+    if name.startswith("pg_") or name in _RESERVED:
+        raise ConfigurationError("this name is PostgreSQL's or todo_db's own: choose another one")
+
+
 async def create_login(
     url: str,
     settings: Settings,
@@ -91,8 +104,7 @@ async def create_login(
         UnavailableError: Another session changed the same role at the same time. Nothing is
             changed.
     """
-    if not _NAME.fullmatch(name) or name.startswith("pg_") or name in _RESERVED:
-        raise ConfigurationError("the name of a login has lower-case letters, digits, underscores")
+    check_name(name)
     password = token_urlsafe(24)
     engine = create_direct_engine(url, settings)
     try:
@@ -102,7 +114,7 @@ async def create_login(
                 connection, settings, name, role, password, new_password=new_password
             )
     except Exception as error:  # noqa: BLE001  # raised again, as ours
-        failure = _failure(error, role)
+        failure = _failure(error, role, engine.url)
     else:
         if exists and not new_password:
             return None
@@ -149,7 +161,7 @@ async def _alter(  # noqa: PLR0913  # what a login is made of
     return exists, database
 
 
-def _failure(error: Exception, role: LoginRole) -> TodoDBError:
+def _failure(error: Exception, role: LoginRole, url: URL) -> TodoDBError:
     sqlstate = sqlstate_of(error)
     if sqlstate == "42501":
         return ConfigurationError(
@@ -163,7 +175,7 @@ def _failure(error: Exception, role: LoginRole) -> TodoDBError:
             "another session changed the same role at the same time: run this again",
             transient=True,
         )
-    return translated(error)
+    return connect_failure(error, url)
 
 
 def role_settings(settings: Settings) -> dict[str, str]:
