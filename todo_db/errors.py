@@ -235,6 +235,7 @@ class OutcomeUnknownError(TodoDBError):
     message = "No answer came to a change: it may have been applied or not."
 
 
+_USUAL: Final = "must be from 0001-01-02 to 9999-12-30 (UTC)"
 # Constraint names are API: tests hold this map against the catalogue of the live database.
 _BY_CONSTRAINT: Final[dict[str, Callable[[], TodoDBError]]] = {
     "pk_users": UserIdTakenError,
@@ -251,15 +252,13 @@ _BY_CONSTRAINT: Final[dict[str, Callable[[], TodoDBError]]] = {
     ),
     "ck_users_id_length": lambda: InvalidInputError("user_id", "must have 1 to 255 characters"),
     "ck_users_email_lower": lambda: InvalidInputError("email", "must be in lower case"),
-    "ck_users_timestamps_range": lambda: InvalidInputError("created_at", "must be a usual date"),
+    "ck_users_timestamps_range": lambda: InvalidInputError("created_at", _USUAL),
     "ck_tasks_title_not_blank": lambda: InvalidInputError("title", "must not be blank"),
     "ck_tasks_description_length": lambda: InvalidInputError(
         "description", "must have at most 65536 characters"
     ),
-    "ck_idempotency_keys_timestamps_range": lambda: InvalidInputError(
-        "created_at", "must be a usual date"
-    ),
-    "ck_tasks_timestamps_range": lambda: InvalidInputError("created_at", "must be a usual date"),
+    "ck_idempotency_keys_timestamps_range": lambda: InvalidInputError("created_at", _USUAL),
+    "ck_tasks_timestamps_range": lambda: InvalidInputError("created_at", _USUAL),
 }
 
 

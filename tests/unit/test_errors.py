@@ -382,6 +382,9 @@ class TestConstraints:
             ("ck_tasks_description_length", "65536"),
             ("ck_users_id_length", "255"),
             ("ck_idempotency_keys_key_length", "255"),
+            ("ck_users_timestamps_range", "0001-01-02"),
+            ("ck_tasks_timestamps_range", "0001-01-02"),
+            ("ck_idempotency_keys_timestamps_range", "0001-01-02"),
         ):
             definition = await owner.fetchval(
                 "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = $1", constraint
