@@ -152,6 +152,8 @@ class Settings(BaseSettings):
             failure = ConfigurationError(_explained(error))
         except UnicodeDecodeError:
             failure = ConfigurationError("the .env file is not UTF-8")
+        except OSError as error:
+            failure = ConfigurationError(f"the .env file cannot be read: {error.strerror}")
         else:
             return
         raise failure

@@ -278,6 +278,12 @@ class TestRefusal:
             Settings()
         assert_reveals_nothing(caught.value)
 
+    def test_an_env_file_that_cannot_be_read(self, folder: Path) -> None:
+        # Root can read every file, but not the first page of its own memory.
+        (folder / ".env").symlink_to("/proc/self/mem")
+        with pytest.raises(ConfigurationError, match=r"the \.env file cannot be read: Input/out"):
+            Settings()
+
     def test_a_database_without_a_url(self) -> None:
         with pytest.raises(ConfigurationError, match="DATABASE_URL"):
             Database(Settings())

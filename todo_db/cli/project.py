@@ -1,8 +1,10 @@
 """The files with which an application keeps migrations of its own."""
 
 import tomllib
+from contextlib import suppress
 from keyword import iskeyword
 from pathlib import Path
+from shutil import copymode
 from typing import Any, Final
 
 from todo_db.errors import ConfigurationError
@@ -52,7 +54,8 @@ def create_project(root: Path, module: str, folder: str) -> list[Path]:
         end of `pyproject.toml`.
 
     Raises:
-        ConfigurationError: A name cannot be used, or Alembic is set up here already.
+        ConfigurationError: A name cannot be used, Alembic is set up here already, or a file cannot
+            be read or written.
     """
     parts = module.split(".")
     if not all(part.isidentifier() and not iskeyword(part) for part in parts):
@@ -63,7 +66,7 @@ def create_project(root: Path, module: str, folder: str) -> list[Path]:
     # Where Python finds the module, or would.
     path = "src" if _found(root / "src" / parts[0]) else "."
     settings = root / "pyproject.toml"
-    text = settings.read_text("utf-8") if settings.exists() else ""
+    text = _read(settings) if settings.exists() else ""
     added = _SETTINGS.format(folder=folder, path=path).lstrip("" if text else "\n")
     if "alembic" in _parsed(text).get("tool", {}) or (root / "alembic.ini").exists():
         raise ConfigurationError("Alembic is set up here already: see its settings")
@@ -78,16 +81,44 @@ def create_project(root: Path, module: str, folder: str) -> list[Path]:
     source = root.joinpath(path, *parts)
     if not _found(source):
         written[source.with_suffix(".py")] = _MODELS
-    written = {file: content for file, content in written.items() if not file.exists()}
-    for file, content in written.items():
+    written = {file: content for file, content in written.items() if not file.is_file()}
+    written[settings] = text + added
+    for file, text in written.items():
+        _write(file, text)
+    return [*written]
+
+
+def _read(file: Path) -> str:
+    try:
+        # With the ends of its lines as they are.
+        return file.read_text("utf-8", newline="")
+    except UnicodeDecodeError:
+        reason = "it is not UTF-8"
+    except OSError as error:
+        reason = str(error.strerror)
+    raise ConfigurationError(f"{file} cannot be read: {reason}")
+
+
+def _write(file: Path, content: str) -> None:
+    """Write the whole file or, for example on a full disk, leave it as it was."""
+    draft = file.with_name(f".{file.name}.new")
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(content, "utf-8")
-    settings.write_text(text + added, "utf-8")
-    return [*written, settings]
+        draft.write_text(content, "utf-8", newline="")
+        if file.exists():
+            copymode(file, draft)
+        draft.replace(file.resolve())
+    except OSError as error:
+        reason = error.strerror
+    else:
+        return
+    with suppress(OSError):
+        draft.unlink()
+    raise ConfigurationError(f"{file} cannot be written: {reason}")
 
 
 def _found(module: Path) -> bool:
-    return module.is_dir() or module.with_suffix(".py").exists()
+    return module.is_dir() or module.with_suffix(".py").is_file()
 
 
 def _parsed(settings: str) -> dict[str, Any]:
