@@ -16,6 +16,7 @@ import asyncpg
 import pytest
 from typer.testing import CliRunner, Result
 
+import todo_db_command
 from todo_db import Database, cli
 from todo_db.cli import app, demo
 from todo_db.doctor import Report
@@ -132,6 +133,20 @@ class TestMigrate:
         assert result.output.startswith("ConfigurationError: ")
         assert MARKER not in result.output
 
+    @pytest.mark.parametrize("revision", ["head", "heads", "0002", "+1"])
+    @pytest.mark.usefixtures("set_url")
+    def test_takes_each_name_of_a_revision(self, revision: str) -> None:
+        assert run("alembic", "downgrade", "0001").exit_code == 0
+        result = run("migrate", revision)
+        assert result.exit_code == 0, result.output
+
+    def test_takes_the_direct_url_alone(
+        self, set_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("DATABASE_URL")
+        monkeypatch.setenv("DIRECT_DATABASE_URL", set_url)
+        assert run("migrate").exit_code == 0
+
     def test_says_who_can_grant_the_role(
         self, todo_postgres: EmbeddedPostgres, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -192,6 +207,88 @@ class TestAlembic:
         result = run("alembic")
         assert result.exit_code == 2
         assert "usage: todo-db alembic" in result.output
+
+
+class TestOrder:
+    """What is wrong with the arguments or the settings is said before a PostgreSQL starts."""
+
+    @pytest.mark.parametrize(
+        ("line", "said"),
+        [
+            ("login Bad-Name", "ConfigurationError: the name of a login has lower-case letters"),
+            ("login todo_app", "ConfigurationError: this name is PostgreSQL's or todo_db's own"),
+            ("migrate nope", "Can't locate revision identified by 'nope'"),
+            ("alembic upgrade nope", "Can't locate revision identified by 'nope'"),
+            ("alembic downgrade nope-1", "Can't locate revision identified by 'nope'"),
+            ("alembic stamp nope", "Can't locate revision identified by 'nope'"),
+        ],
+    )
+    def test_of_an_argument(self, line: str, said: str, folder: Path) -> None:
+        result = run(*line.split())
+        assert result.exit_code == 1
+        assert result.output.startswith(said)
+        assert list(folder.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("line", "wrong", "right"),
+        [
+            ("login todo_login", "DATABASE_URL", "DIRECT_DATABASE_URL"),
+            ("seed", "DIRECT_DATABASE_URL", "DATABASE_URL"),
+        ],
+    )
+    def test_of_the_url_that_is_used_later(
+        self, line: str, wrong: str, right: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(wrong, "mysql://localhost/todo")
+        monkeypatch.setenv(right, f"postgresql://todo_owner@/todo?host={folder}/.todo-db")
+        result = run(*line.split())
+        assert result.exit_code == 1
+        assert "must begin with postgresql://" in result.output
+        assert list(folder.iterdir()) == []
+
+    @pytest.mark.parametrize("command", ["seed", "health", "doctor", "psql", "url"])
+    def test_of_a_direct_url_alone(
+        self, command: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("DIRECT_DATABASE_URL", "postgresql://localhost/todo")
+        result = run(command)
+        assert result.exit_code == 1
+        assert result.output.startswith("ConfigurationError: only DIRECT_DATABASE_URL is set")
+        assert list(folder.iterdir()) == []
+
+
+class TestFiles:
+    """A file that cannot be used is named, in one line."""
+
+    def test_that_is_no_folder(self, folder: Path) -> None:
+        (folder / ".todo-db").touch()
+        result = run("health")
+        assert result.exit_code == 1
+        assert f"cannot use {folder}/.todo-db: File exists" in result.output
+
+    def test_of_a_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("DATABASE_URL", "postgresql://localhost/todo")
+        monkeypatch.setattr(EmbeddedPostgres, "program", lambda _name: Path("/missing/psql"))
+        result = run("psql")
+        assert result.exit_code == 1
+        assert result.output == "/missing/psql cannot be used: No such file or directory\n"
+
+    def test_C4_that_is_the_output_is_left_to_main(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("todo_db.cli.app.create_project", fail)
+        assert type(run("init").exception) is OSError
+
+    def test_line_of_the_env_file_that_is_broken_is_named(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("DIRECT_DATABASE_URL", "postgresql://localhost/todo")
+        (folder / ".env").write_text(f"A=1\nDATABASE_URL='{MARKER}\n")
+        command = [sys.executable, "-c", "from todo_db.cli import main; main()", "health"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert "could not parse statement starting at line 2" in done.stderr
+        assert MARKER not in done.stderr
 
 
 class TestInit:
@@ -286,6 +383,56 @@ class TestInit:
         assert result.exit_code == 1
         assert "Alembic is set up here already" in result.output
         assert [path.name for path in folder.iterdir()] == [file]
+
+    def test_refuses_settings_that_are_not_utf_8(self, folder: Path) -> None:
+        (folder / "pyproject.toml").write_bytes(b"\xff")
+        result = run("init")
+        assert result.exit_code == 1
+        assert "pyproject.toml cannot be read: it is not UTF-8" in result.output
+        assert [path.name for path in folder.iterdir()] == ["pyproject.toml"]
+
+    def test_keeps_the_settings_as_they_are(self, folder: Path) -> None:
+        settings = folder / "pyproject.toml"
+        settings.write_bytes(b"[project]\r\n")
+        settings.chmod(0o640)
+        (folder / "link").symlink_to(settings.rename(folder / "real.toml"))
+        (folder / "link").rename(settings)
+        assert run("init").exit_code == 0
+        assert settings.read_bytes().startswith(b"[project]\r\n\n[tool.alembic]\n")
+        assert settings.is_symlink()
+        assert settings.stat().st_mode & 0o777 == 0o640
+
+    @pytest.mark.parametrize(
+        ("path", "reason"),
+        [
+            ("pyproject.toml", "read: Is a directory"),
+            ("models.py", "written: Is a directory"),
+            ("migrations/env.py", "written: Is a directory"),
+        ],
+    )
+    def test_refuses_a_folder_in_place_of_a_file(
+        self, path: str, reason: str, folder: Path
+    ) -> None:
+        (folder / path).mkdir(parents=True)
+        result = run("init")
+        assert result.exit_code == 1
+        assert result.output == f"ConfigurationError: {path} cannot be {reason}\n"
+        assert list(folder.rglob("*.new")) == []
+
+    def test_refuses_a_file_in_place_of_the_folder(self, folder: Path) -> None:
+        (folder / "migrations").touch()
+        result = run("init")
+        assert result.exit_code == 1
+        assert "migrations/env.py cannot be written: File exists" in result.output
+
+    def test_loses_no_settings_on_a_full_disk(self, folder: Path) -> None:
+        settings = folder / "pyproject.toml"
+        settings.write_text("[project]\n")
+        (folder / ".pyproject.toml.new").symlink_to("/dev/full")
+        result = run("init")
+        assert result.exit_code == 1
+        assert "pyproject.toml cannot be written: No space left on device" in result.output
+        assert settings.read_text() == "[project]\n"
 
     @pytest.mark.parametrize("text", ["tool = {black = {}}", "[project"])
     def test_refuses_settings_that_it_would_break(self, text: str, folder: Path) -> None:
@@ -502,6 +649,27 @@ class TestServe:
         assert "DATABASE_URL names another server: unset it" in result.output
         assert MARKER not in result.output
 
+    def test_refuses_when_migrations_go_to_another_database(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("DIRECT_DATABASE_URL", f"postgresql://alice:{MARKER}@localhost/todo")
+        monkeypatch.setattr(signal, "pthread_sigmask", lambda _how, _mask: set())
+        monkeypatch.setattr(signal, "sigwait", min)
+        result = run("serve")
+        assert result.exit_code == 1
+        assert "DIRECT_DATABASE_URL names another server: unset it" in result.output
+        assert list(folder.iterdir()) == []
+
+    def test_in_a_long_folder_serves_the_one_that_the_url_names(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(folder))
+        (folder / ("x" * 120)).mkdir()
+        monkeypatch.chdir(folder / ("x" * 120))
+        monkeypatch.setenv("DATABASE_URL", run("url").stdout.strip())
+        assert run("migrate").exit_code == 0
+        assert Path(".todo-db").exists()
+
     def test_serves_the_one_that_the_url_names(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(signal, "pthread_sigmask", lambda _how, _mask: set())
         monkeypatch.setattr(signal, "sigwait", min)
@@ -548,6 +716,37 @@ class TestMain:
         monkeypatch.setitem(sys.modules, "typer", None)
         with pytest.raises(SystemExit, match=r"todo-db\[cli\]"):
             cli.main()
+
+    @pytest.mark.parametrize("module", ["asyncpg", "typer"])
+    def test_C4_ctrl_c_while_it_imports_is_130(self, module: str, tmp_path: Path) -> None:
+        (tmp_path / f"{module}.py").write_text(
+            "import time\nprint('ready', flush=True)\ntime.sleep(30)\n"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", "from todo_db_command import main; main()", "--version"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        ) as running:
+            assert running.stdout is not None
+            assert running.stdout.readline() == "ready\n"
+            running.send_signal(signal.SIGINT)
+            assert running.communicate(timeout=30) == ("", "")
+        assert running.returncode == 130
+
+    @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])
+    def test_C4_ctrl_c_is_handled_as_before_it_imports(
+        self, handler: signal.Handlers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["todo-db", "--version"])
+        before = signal.signal(signal.SIGINT, handler)
+        try:
+            with pytest.raises(SystemExit):
+                todo_db_command.main()
+            assert signal.getsignal(signal.SIGINT) is handler
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def test_another_missing_module_is_not_hidden(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, "todo_db.cli.app")

@@ -16,6 +16,8 @@ def main() -> None:
         sys.exit("The command line is an extra: pip install 'todo-db[cli]'")
     # On the command line only the outcome matters.
     logging.basicConfig(level=logging.ERROR)
+    # It names the line of `.env` that it could not read, which a command would do without.
+    logging.getLogger("dotenv").setLevel(logging.WARNING)
     try:
         try:
             app()

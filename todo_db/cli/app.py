@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Annotated, Final, Literal
 import typer
 from alembic.command import revision as revision_command
 from alembic.config import CommandLine
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from pydantic import SecretStr
 from rich.box import SIMPLE_HEAD
@@ -38,7 +40,7 @@ from todo_db.doctor import examine
 from todo_db.embedded import EmbeddedPostgres
 from todo_db.engine import parse_url
 from todo_db.errors import ConfigurationError, TodoDBError, translated
-from todo_db.logins import create_login
+from todo_db.logins import check_name, create_login
 from todo_db.records import Health
 from todo_db.settings import Settings
 
@@ -47,6 +49,8 @@ app: Final = typer.Typer(
     # Its tracebacks print local variables: URLs, titles, ids.
     pretty_exceptions_enable=False,
 )
+# Such as in head-1, or +2 of its own.
+_STEPS: Final = re.compile(r"[+-]\d+$")
 _out: Final = Console()
 _messages: Final = Console(stderr=True)
 
@@ -81,12 +85,17 @@ def _print_json(value: object) -> None:
 
 @contextmanager
 def _report_errors() -> Generator[None]:
-    """Print a database error as one line, and exit with status 1."""
+    """Print an error of the database or of a file as one line, and exit with status 1."""
     try:
         yield
     except CommandError as error:
         line = str(error)
-    except (TodoDBError, SQLAlchemyError, OSError) as error:
+    except OSError as error:
+        if error.filename is None:
+            # The output, which `main` reports: what happens to a connection is a TodoDBError here.
+            raise
+        line = f"{error.filename} cannot be used: {error.strerror}"
+    except (TodoDBError, SQLAlchemyError) as error:
         failure = translated(error)
         line = f"{type(failure).__name__}: {failure}"
     else:
@@ -94,6 +103,14 @@ def _report_errors() -> Generator[None]:
     # Not wrapped, because it may contain a statement to copy.
     _messages.print(line, style="bold red", markup=False, soft_wrap=True)
     raise typer.Exit(1)
+
+
+def _check_revisions(*revisions: str) -> None:
+    """Refuse a revision that no migration has, before a PostgreSQL is started for it."""
+    scripts = ScriptDirectory.from_config(migrations.alembic_config())
+    for revision in ":".join(revisions).split(":"):
+        if name := _STEPS.sub("", revision):
+            scripts.get_revisions(name)
 
 
 @app.command()
@@ -135,8 +152,10 @@ def migrate(
     as_json: _Json = False,
 ) -> None:
     """Migrate the database, to the newest revision by default."""
-    with _report_errors(), database_url(_messages, direct=True) as url:
-        place = asyncio.run(migrations.upgrade(url, revision))
+    with _report_errors():
+        _check_revisions(revision)
+        with database_url(_messages, direct=True) as url:
+            place = asyncio.run(migrations.upgrade(url, revision))
     if as_json:
         _print_json({"revision": place})
     _messages.print(f"Migrated: the database is at {place}.", style="green", highlight=False)
@@ -162,6 +181,7 @@ def alembic(context: typer.Context) -> None:
             raise CommandError(
                 "todo-db alembic has its own configuration: for yours, run alembic itself"
             )
+        _check_revisions(getattr(options, "revision", ""), *getattr(options, "revisions", ()))
         # Only a command that connects calls this, which may start a PostgreSQL.
         config = migrations.alembic_config(
             lambda: stack.enter_context(database_url(_messages, direct=True))
@@ -209,11 +229,14 @@ def login(
     async def run(owners: str) -> URL | None:
         return await create_login(owners, Settings(), name, role=role, new_password=new_password)
 
-    with _report_errors(), database_url(_messages, direct=True) as owners:
+    with _report_errors():
+        check_name(name)
         # The application goes through the pooler, if there is one.
         pooled = Settings().database_url
-        parsed = parse_url(pooled.get_secret_value() if pooled else owners).libpq_url()
-        created = asyncio.run(run(owners))
+        place = parse_url(pooled.get_secret_value()) if pooled else None
+        with database_url(_messages, direct=True) as owners:
+            parsed = (place or parse_url(owners)).libpq_url()
+            created = asyncio.run(run(owners))
     if created is None:
         _messages.print(f"{name} exists and keeps its password; its settings are up to date.")
         return
@@ -248,10 +271,13 @@ def seed(
                     db, users, tasks, lambda count: progress.advance(bar, count)
                 )
 
-    with _report_errors(), database_url(_messages) as url:
+    with _report_errors():
         owners = Settings().direct_database_url
-        asyncio.run(migrations.upgrade(owners.get_secret_value() if owners else url))
-        created = asyncio.run(run(url))
+        if owners is not None:
+            parse_url(owners.get_secret_value())
+        with database_url(_messages) as url:
+            asyncio.run(migrations.upgrade(owners.get_secret_value() if owners else url))
+            created = asyncio.run(run(url))
     if as_json:
         _print_json({"users": users, "tasks": tasks, "created": created})
     else:
@@ -369,11 +395,13 @@ def psql(context: typer.Context) -> None:
 def serve() -> None:
     """Migrate the embedded PostgreSQL, and keep it running until Ctrl-C."""
     with _report_errors():
-        found = Settings().database_url
-        if found is not None and not is_embedded(found.get_secret_value()):
-            raise ConfigurationError(
-                "DATABASE_URL names another server: unset it to use the embedded PostgreSQL"
-            )
+        settings = Settings()
+        for name in ("database_url", "direct_database_url"):
+            found = getattr(settings, name)
+            if found is not None and not is_embedded(found.get_secret_value()):
+                raise ConfigurationError(
+                    f"{name.upper()} names another server: unset it to use the embedded PostgreSQL"
+                )
     with ExitStack() as stack:
         with _report_errors():
             owners = stack.enter_context(EmbeddedPostgres(FOLDER)).url()
