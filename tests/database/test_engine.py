@@ -251,6 +251,22 @@ class TestConnecting:
         assert type(failure) is UnavailableError
         assert failure.transient
 
+    @pytest.mark.parametrize("sslmode", ["allow", "prefer", "require", "verify-full"])
+    async def test_answer_of_another_program_is_not_said_to_be_postgresqls(
+        self, sslmode: str
+    ) -> None:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read(8)
+            writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            await writer.drain()
+            writer.close()
+
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            failure = await self.failure(f"postgresql://a@127.0.0.1:{port}/t?sslmode={sslmode}")
+        assert type(failure) is ConfigurationError
+        assert str(failure).startswith("what answers has no TLS, or is no PostgreSQL: check the")
+
     async def test_F32b_no_such_socket_folder(self, folder: str) -> None:
         failure = await self.failure(f"postgresql://alice@/todo?host={folder}/missing")
         assert type(failure) is ConfigurationError

@@ -465,6 +465,11 @@ class TestRefusals:
         assert "PASSWORD" not in told + caplog.text
         assert 'ROLE "' not in told
 
+    async def test_of_a_socket_folder_that_is_missing(self, tmp_path: Path) -> None:
+        url = f"postgresql://alice@/todo?host={tmp_path}/missing"
+        with pytest.raises(ConfigurationError, match="socket folder of the URL does not exist"):
+            await create_login(url, Settings(), "todo_login")
+
 
 class TestRuns:
     async def test_at_once_follow_each_other(

@@ -291,6 +291,10 @@ class TestUpgrade:
         with pytest.raises(ConfigurationError, match="nor DATABASE_URL is set"):
             await asyncio.to_thread(command.upgrade, alembic_config(), "head")
 
+    async def test_of_a_socket_folder_that_is_missing_says_so(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigurationError, match="socket folder of the URL does not exist"):
+            await upgrade(f"postgresql://alice@/todo?host={tmp_path}/missing")
+
     async def test_prefers_the_direct_url(
         self, monkeypatch: pytest.MonkeyPatch, empty: str
     ) -> None:

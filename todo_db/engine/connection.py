@@ -40,7 +40,8 @@ _TRANSIENT_MESSAGES: Final = re.compile(
     "|server connection closed|invalid server parameter"
     "|Couldn't connect to compute node|Control plane request failed"
 )
-# What asyncpg says when a server has no TLS, in an error that has no other sign of it.
+# What asyncpg says of every answer to its request for TLS that is not one of PostgreSQL's, and of
+# PostgreSQL's No, in an error that has no other sign of it.
 _NO_TLS: Final = "rejected SSL upgrade"
 
 # Outside every transaction: a ROLLBACK undoes none of it.
@@ -283,7 +284,10 @@ def connect_failure(error: BaseException, url: URL | None = None) -> TodoDBError
     if isinstance(error, FileNotFoundError) and not any(map(isdir, folders.split(","))):
         return ConfigurationError("the socket folder of the URL does not exist")
     if isinstance(error, ConnectionError) and _NO_TLS in str(error):
-        return ConfigurationError("the server has no TLS, and the database URL demands it")
+        return ConfigurationError(
+            "what answers has no TLS, or is no PostgreSQL: check the host, the port and sslmode of"
+            " the database URL"
+        )
     if isinstance(error, TimeoutError):
         return UnavailableError("the database did not answer in time", transient=True)
     refusal = error.__cause__ or error
