@@ -121,6 +121,8 @@ class _Walk:
         # In every text that alice stores, so that it is found in what mallory gets.
         self._mark = token_hex(_MARK_BYTES)
         self._numbers = count(1)
+        # Whose ids are being made, the innermost last.
+        self._making: list[Operation] = []
 
     async def failures(self, skip: Collection[str]) -> AsyncGenerator[str]:
         await self._ensure_users()
@@ -282,10 +284,18 @@ class _Walk:
     async def _make_ids(
         self, operation: Operation, user: str, made: Mapping[str, Id] = MappingProxyType({})
     ) -> dict[str, Id]:
+        if operation in self._making:
+            circle = self._making[self._making.index(operation) :]
+            names = " and ".join(each.name for each in circle)
+            raise Unreachable(f"{names} need an id of each other: give ids= for one of them")
         ids = dict(made)
-        for name in self._document.id_names(operation, self._ids):
-            if name not in ids:
-                ids[name] = await self._make_id(operation, name, user, ids)
+        self._making.append(operation)
+        try:
+            for name in self._document.id_names(operation, self._ids):
+                if name not in ids:
+                    ids[name] = await self._make_id(operation, name, user, ids)
+        finally:
+            self._making.pop()
         return ids
 
     async def _make_id(self, operation: Operation, name: str, user: str, made: dict[str, Id]) -> Id:
