@@ -16,8 +16,8 @@ from typing import Any, Final, NamedTuple
 import pytest
 import pytest_asyncio
 from cluster import Cluster
-from driver import Connection
 from pgbouncer import TRIXIE, PgBouncer
+from place import BOUND, WAITING, Place, assert_healthy, still_waiting
 from proxy import Fault, Proxy, Sender, until
 
 from todo_db import (
@@ -39,9 +39,6 @@ TEMPLATE: Final = "todo_template"
 SINGLE: Final = "single_login"
 TRIPLE: Final = "triple_login"
 """Its calls take three round trips, because it has no timeouts of its own."""
-BOUND: Final = 30
-"""Seconds, for what must not take for ever."""
-WAITING: Final = "wait_event_type = 'Lock'"
 ANSWER: Final = b"Z\x00\x00\x00\x05I"
 """The end of every answer outside a transaction: ReadyForQuery."""
 USERS_OF_PLACE: Final = """
@@ -49,66 +46,6 @@ USERS_OF_PLACE: Final = """
 """
 CREATED: Final = datetime(2020, 1, 1, tzinfo=UTC)
 _numbers: Final = count(1)
-
-
-class Place:
-    """A database of one test, with alice and bob in it."""
-
-    def __init__(self, server: Cluster, name: str) -> None:
-        self.server = server
-        self.name = name
-
-    def url(self, login: str = SINGLE) -> str:
-        return self.server.url(login, self.name)
-
-    async def execute(self, *statements: str) -> None:
-        await self.server.execute(*statements, database=self.name)
-
-    @asynccontextmanager
-    async def superuser(self) -> AsyncGenerator[Connection]:
-        connection = await self.server.connect(database=self.name)
-        try:
-            yield connection
-        finally:
-            # The server may be gone.
-            connection.terminate()
-
-    async def titles(self, user: str = "alice") -> list[str]:
-        async with self.superuser() as connection:
-            return [
-                row[0]
-                for row in await connection.fetch(
-                    "SELECT title FROM tasks WHERE user_id = $1 ORDER BY id", user
-                )
-            ]
-
-    @asynccontextmanager
-    async def locked(self) -> AsyncGenerator[int]:
-        """Lock every row, so that every change waits until the block or the server ends.
-
-        A lock on the table would be waited for before anything is executed, while the statement
-        is prepared. Yields the process id of the backend that holds the locks.
-        """
-        async with self.superuser() as connection:
-            await connection.execute(
-                "BEGIN; SELECT FROM users FOR UPDATE; SELECT FROM tasks FOR UPDATE"
-            )
-            yield connection.get_server_pid()
-
-    async def until_backends(self, number: int, condition: str) -> list[int]:
-        """Wait until this number of the applications' backends matches; return their pids."""
-        async with asyncio.timeout(BOUND), self.superuser() as connection:
-            while True:
-                rows = await connection.fetch(
-                    "SELECT pid FROM pg_stat_activity WHERE datname = current_database()"
-                    f" AND usename LIKE '%_login' AND {condition}"
-                )
-                if len(rows) == number:
-                    return [row[0] for row in rows]
-                await asyncio.sleep(0.01)
-
-    async def terminate(self, pid: int) -> None:
-        await self.execute(f"SELECT pg_terminate_backend({pid})")
 
 
 async def prepare(server: Cluster) -> None:
@@ -134,7 +71,7 @@ async def place(server: Cluster) -> AsyncGenerator[Place]:
         f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} OWNER todo_owner",
         f"REVOKE TEMPORARY ON DATABASE {name} FROM PUBLIC",
     )
-    place = Place(server, name)
+    place = Place(server, name, SINGLE)
     await place.execute(USERS_OF_PLACE)
     yield place
     if not server.is_running:
@@ -192,16 +129,6 @@ async def once(way: Callable[[str], str]) -> AsyncGenerator[Database]:
     """The same without retries."""
     async with opened(way(SINGLE), retry_attempts=1) as database:
         yield database
-
-
-async def assert_healthy(*databases: Database) -> None:
-    """Check that the next call works, and that no connection is in use."""
-    for db in databases:
-        async with asyncio.timeout(BOUND):
-            await db.tasks.count("bob")
-            health = await db.health()
-        assert health.ok
-        assert (health.pool.in_use, health.pool.waiting) == (0, 0)
 
 
 # What a task may be at the end: its title and whether it is completed, or None if it is gone.
@@ -679,7 +606,7 @@ class TestServer:
     async def test_terminated_is_not_applied_and_tried_again(
         self, db: Database, once: Database, place: Place
     ) -> None:
-        async with place.locked():
+        async with place.locked_rows():
             lost = asyncio.create_task(once.tasks.create("alice", "lost"))
             patient = asyncio.create_task(db.tasks.create("alice", "patient"))
             for pid in await place.until_backends(2, WAITING):
@@ -695,7 +622,7 @@ class TestServer:
     async def test_fast_shutdown_is_not_applied_and_waited_for(
         self, db: Database, once: Database, place: Place
     ) -> None:
-        async with place.locked():
+        async with place.locked_rows():
             lost = asyncio.create_task(once.tasks.create("alice", "lost"))
             patient = asyncio.create_task(db.tasks.create("alice", "patient"))
             await place.until_backends(2, WAITING)
@@ -713,13 +640,13 @@ class TestServer:
     async def test_crash_is_unknown(
         self, db: Database, once: Database, place: Place, end: str
     ) -> None:
-        async with place.locked() as holder:
+        async with place.locked_rows() as holder:
             calls = [asyncio.create_task(each.tasks.create("alice", "lost")) for each in (db, once)]
             (pid, _) = await place.until_backends(2, WAITING)
             match end:
                 case "crash of another":
                     # The others get 57P02.
-                    os.kill(holder, signal.SIGKILL)
+                    os.kill(holder.get_server_pid(), signal.SIGKILL)
                 case "killed itself":
                     os.kill(pid, signal.SIGKILL)
                 case "immediate":
@@ -744,7 +671,7 @@ class TestServer:
 
     async def test_repeatable_change_outlives_a_crash(self, db: Database, place: Place) -> None:
         task = await db.tasks.create("alice", "old")
-        async with place.locked():
+        async with place.locked_rows():
             calls = [
                 asyncio.create_task(db.tasks.create("alice", "keyed", idempotency_key="key")),
                 asyncio.create_task(db.tasks.update("alice", task.id, title="new")),
@@ -889,10 +816,7 @@ class TestPgBouncer:
             async with asyncio.timeout(BOUND):
                 with pytest.raises(UnavailableError):
                     await once.tasks.create("alice", "never")
-            patient = asyncio.create_task(db.tasks.create("alice", "patient"))
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(1.5):
-                    await asyncio.shield(patient)
+            patient = await still_waiting(db.tasks.create("alice", "patient"), 1.5)
         async with asyncio.timeout(BOUND):
             await patient
         assert await place.titles() == ["patient"]
@@ -912,10 +836,7 @@ class TestPgBouncer:
                     # "server login has been failing"
                     with pytest.raises(UnavailableError):
                         await hasty.tasks.create("alice", "never")
-            patient = asyncio.create_task(db.tasks.create("alice", "patient"))
-            with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.5):
-                    await asyncio.shield(patient)
+            patient = await still_waiting(db.tasks.create("alice", "patient"), 0.5)
             await asyncio.to_thread(place.server.start)
             async with asyncio.timeout(BOUND):
                 await patient
@@ -926,10 +847,7 @@ class TestPgBouncer:
         self, once: Database, pooler: PgBouncer, place: Place
     ) -> None:
         await pooler.console("PAUSE")
-        call = asyncio.create_task(once.tasks.create("alice", "patient"))
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.3):
-                await asyncio.shield(call)
+        call = await still_waiting(once.tasks.create("alice", "patient"), 0.3)
         assert await place.titles() == []
         await pooler.console("RESUME")
         async with asyncio.timeout(BOUND):
@@ -951,7 +869,7 @@ class TestPgBouncer:
     async def test_killed_under_a_call_is_unknown(
         self, once: Database, pooler: PgBouncer, place: Place, command: str
     ) -> None:
-        async with place.locked():
+        async with place.locked_rows():
             call = asyncio.create_task(once.tasks.create("alice", "stored or not"))
             await place.until_backends(1, WAITING)
             if command == "KILL":
@@ -975,7 +893,7 @@ class TestPgBouncer:
         self, once: Database, place: Place, pooler_settings: dict[str, object]
     ) -> None:
         del pooler_settings
-        async with place.locked(), asyncio.timeout(BOUND):
+        async with place.locked_rows(), asyncio.timeout(BOUND):
             with pytest.raises(OutcomeUnknownError):
                 await once.tasks.create("alice", "lost")
         await assert_healthy(once)

@@ -14,6 +14,7 @@ import pytest_asyncio
 from driver import Connection
 from every_method import CALLS, People
 from pgbouncer import BOOKWORM, PASSWORD, TRIXIE, PgBouncer
+from place import still_waiting
 from proxy import COMMIT, Fault, Proxy
 from sqlalchemy import text
 
@@ -595,10 +596,7 @@ class TestFaults:
         self, db: Database, pooler: PgBouncer, owner: Connection
     ) -> None:
         await pooler.console("PAUSE")
-        call = asyncio.create_task(db.tasks.create("alice", "patient"))
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.3):
-                await asyncio.shield(call)
+        call = await still_waiting(db.tasks.create("alice", "patient"), 0.3)
         assert await owner.fetchval("SELECT count(*) FROM tasks") == 0
         await pooler.console("RESUME")
         async with asyncio.timeout(10):

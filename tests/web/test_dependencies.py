@@ -14,8 +14,9 @@ import pytest_asyncio
 from credentials import SECRET, URL, Key, add_key, add_session, bearer, cookie, signed
 from driver import Connection
 from events import events
-from fastapi import Depends, FastAPI, HTTPException, WebSocket
+from fastapi import Depends, FastAPI, WebSocket
 from starlette.requests import HTTPConnection
+from starlette.responses import Response
 from starlette.websockets import WebSocketDisconnect
 from web import TestClient, WebSocketDenialResponse, client, server
 
@@ -26,6 +27,7 @@ from todo_db import (
     NewTask,
     Settings,
     TaskRecord,
+    TodoDBError,
     UnavailableError,
     UserNotFoundError,
     inputs,
@@ -345,14 +347,14 @@ class TestMounted:
         outer, inner = service(url), FastAPI()
         add_routes(inner)
 
-        @inner.exception_handler(HTTPException)
-        async def teapot(_connection: HTTPConnection, _error: Exception) -> Any:  # noqa: ANN401
-            return httpx.codes.IM_A_TEAPOT
+        @inner.exception_handler(TodoDBError)
+        async def teapot(_connection: HTTPConnection, _error: Exception) -> Response:
+            return Response(status_code=httpx.codes.IM_A_TEAPOT)
 
         outer.mount("/api", inner)
         async with client(outer) as asking:
-            assert (await asking.get("/api/me")).status_code == 401
-        assert inner.exception_handlers[HTTPException] is teapot
+            assert (await asking.get("/me")).status_code == 401
+            assert (await asking.get("/api/me")).status_code == 418
 
     async def test_has_overrides_of_its_own(self, url: str, db: Database) -> None:  # noqa: ARG002
         outer, inner = service(url), FastAPI()
