@@ -79,6 +79,11 @@ class TestTree:
         # A package would shadow the library alembic for programs that run in this folder.
         assert not (ROOT / "alembic" / "__init__.py").exists()
 
+    def test_decisions_are_wrapped_at_100(self) -> None:
+        for page in (ROOT / "docs" / "decisions").glob("*.md"):
+            for line in page.read_text("utf-8").splitlines():
+                assert len(line) <= 100 or line.startswith("|"), f"{page.name}: {line}"
+
     def test_no_file_names_a_package_index(self) -> None:
         hosts = "|".join(("python" + "hosted", "py" + r"pi\.org", "registry" + r"\.npm"))
         for name in tracked():
