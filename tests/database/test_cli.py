@@ -246,6 +246,13 @@ class TestOrder:
         assert "must begin with postgresql://" in result.output
         assert list(folder.iterdir()) == []
 
+    def test_of_a_setting(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TODO_DB_POOL_SIZE", MARKER)
+        monkeypatch.setattr(EmbeddedPostgres, "start", lambda _self: pytest.fail("it started"))
+        result = run("demo")
+        assert result.exit_code == 1
+        assert result.output.startswith("ConfigurationError: pool_size: ")
+
     @pytest.mark.parametrize("command", ["seed", "health", "doctor", "psql", "url"])
     def test_of_a_direct_url_alone(
         self, command: str, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -360,6 +367,13 @@ class TestInit:
         result = run("init", "--", module)
         assert result.exit_code == 1
         assert "ConfigurationError: the module must be a dotted name" in result.output
+        assert list(folder.iterdir()) == []
+
+    @pytest.mark.parametrize("module", ["todo_db", "sqlalchemy.models", "typing"])
+    def test_refuses_to_hide_a_library(self, module: str, folder: Path) -> None:
+        result = run("init", module)
+        assert result.exit_code == 1
+        assert "is a library's name: choose another module" in result.output
         assert list(folder.iterdir()) == []
 
     @pytest.mark.parametrize("name", ["", "alembic", "a/b", "../a", "a b", "a.b"])
@@ -572,7 +586,10 @@ class TestUrl:
 
     def test_without_a_setting_is_the_embedded_one_and_says_so(self, folder: Path) -> None:
         result = CliRunner().invoke(app.app, ["url"])
-        assert "DATABASE_URL is not set: using the embedded PostgreSQL" in result.stderr
+        assert result.stderr.splitlines() == [
+            "DATABASE_URL is not set: using the embedded PostgreSQL in .todo-db/",
+            "This PostgreSQL runs while a command uses it: keep todo-db serve running.",
+        ]
         assert result.stdout.startswith("postgresql://todo_owner@/todo?host=")
         assert (folder / ".todo-db" / "data" / "PG_VERSION").exists()
         assert not (folder / ".todo-db" / "data" / "postmaster.pid").exists()

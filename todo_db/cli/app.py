@@ -129,6 +129,9 @@ def demo() -> None:
         table.add_row(mark, step.claim, Text(line))
         details.append(detail)
 
+    with _report_errors():
+        # The steps read them again: say what is wrong before a PostgreSQL starts.
+        Settings()
     with (
         _report_errors(),
         tempfile.TemporaryDirectory(prefix="todo-db-") as folder,
@@ -248,8 +251,7 @@ def login(
     if role == "todo_auth" and made.query.get("sslrootcert") == "system":
         # Better Auth's driver would look for a file; without the key it trusts Node's own list.
         made = made.difference_update_query(["sslrootcert"])
-    if is_embedded(owners):
-        _messages.print("This PostgreSQL runs while a command uses it: keep todo-db serve running.")
+    _warn_of_its_end(owners)
     _messages.print("The password is not shown again:", style="green")
     _out.print(_for_libpq(made, hide_password=False), soft_wrap=True, markup=False, highlight=False)
 
@@ -336,6 +338,11 @@ def doctor(*, as_json: _Json = False) -> None:
     raise typer.Exit(1)
 
 
+def _warn_of_its_end(url: str) -> None:
+    if is_embedded(url):
+        _messages.print("This PostgreSQL runs while a command uses it: keep todo-db serve running.")
+
+
 def _for_libpq(url: URL, *, hide_password: bool) -> str:
     """Return a URL as libpq reads it: a raw blank is an error there, and a + is a plus."""
     place, mark, query = url.render_as_string(hide_password=hide_password).partition("?")
@@ -353,6 +360,7 @@ def url(
     """Print the URL of the database in the form that psql accepts."""
     with _report_errors(), database_url(_messages) as found:
         shown = _for_libpq(parse_url(found).libpq_url(), hide_password=not show_password)
+        _warn_of_its_end(found)
     if as_json:
         _print_json({"url": shown})
     else:

@@ -2,6 +2,7 @@
 
 import tomllib
 from contextlib import suppress
+from importlib.util import find_spec
 from keyword import iskeyword
 from pathlib import Path
 from shutil import copymode
@@ -79,6 +80,8 @@ def create_project(root: Path, module: str, folder: str) -> list[Path]:
         root / folder / "versions" / ".gitkeep": "",
     }
     source = root.joinpath(path, *parts)
+    if not _found(root / path / parts[0]) and find_spec(parts[0]) is not None:
+        raise ConfigurationError(f"{parts[0]} is a library's name: choose another module")
     if not _found(source):
         written[source.with_suffix(".py")] = _MODELS
     written = {file: content for file, content in written.items() if not file.is_file()}
