@@ -50,7 +50,8 @@ class TestWheel:
         assert "todo_db/_alembic/versions/0004_idempotency_keys.py" in names
         assert {"todo_db/docs/AGENTS.md", "todo_db/docs/llms.txt"} < set(names)
         assert "todo_db/docs/how-to/own-tables.md" in names
-        assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"todo_db"}
+        first = {name.split("/")[0] for name in names if ".dist-info" not in name}
+        assert first == {"todo_db", "todo_db_command.py"}
 
     def test_demo_runs_from_an_empty_folder(self, environment: Path, tmp_path: Path) -> None:
         shown = run(environment / "todo-db", "demo", folder=tmp_path, COLUMNS="80")
