@@ -104,6 +104,30 @@ PLANTS = (
         "login-bypasses", LOGIN, f"ALTER ROLE {LOGIN} BYPASSRLS", f"ALTER ROLE {LOGIN} NOBYPASSRLS"
     ),
     Weakness("login-bypasses", LOGIN, f"GRANT {OWNER} TO {LOGIN}", f"REVOKE {OWNER} FROM {LOGIN}"),
+    *(
+        Weakness("login-bypasses", LOGIN, f"{sql} TO {LOGIN}", f"{undo}; DROP ROLE boss")
+        for sql, undo in (
+            ("CREATE ROLE boss BYPASSRLS; GRANT boss", f"REVOKE boss FROM {LOGIN}"),
+            ("CREATE ROLE boss SUPERUSER; GRANT boss", f"REVOKE boss FROM {LOGIN}"),
+            (
+                "CREATE ROLE boss; CREATE TABLE his (); ALTER TABLE his OWNER TO boss; GRANT boss",
+                "DROP TABLE his",
+            ),
+        )
+    ),
+    Weakness(
+        "login-bypasses",
+        LOGIN,
+        f"ALTER ROLE {LOGIN} BYPASSRLS; GRANT pg_monitor TO {LOGIN}",
+        f"ALTER ROLE {LOGIN} NOBYPASSRLS; REVOKE pg_monitor FROM {LOGIN}",
+    ),
+    Weakness(
+        "login-bypasses",
+        "erin",
+        "CREATE ROLE erin SUPERUSER LOGIN IN ROLE todo_app, pg_monitor",
+        "DROP ROLE erin",
+        login="erin",
+    ),
     Weakness(
         "login-not-member", LOGIN, f"REVOKE todo_app FROM {LOGIN}", f"GRANT todo_app TO {LOGIN}"
     ),
@@ -147,6 +171,11 @@ PLANTS = (
     Weakness("rls-not-forced", "public.users", "ALTER TABLE users NO FORCE ROW LEVEL SECURITY"),
     # B1 B2 B3 B4: policies
     Weakness("policy-missing", "public.tasks", "DROP POLICY tasks_own ON tasks"),
+    Weakness(
+        "policy-missing",
+        "public.tasks",
+        "DROP POLICY tasks_own ON tasks; CREATE POLICY other ON tasks TO todo_auth USING (true)",
+    ),
     Weakness("policy-fence-missing", "public.users", "DROP POLICY users_fence ON users"),
     Weakness(
         "policy-fence-missing",
@@ -288,8 +317,11 @@ PLANTS = (
         "public.tasks_id_seq",
         "GRANT SELECT ON SEQUENCE tasks_id_seq TO todo_app",
     ),
-    Weakness(
-        "grant-version", "public.todo_db_version", "GRANT DELETE ON todo_db_version TO PUBLIC"
+    *(
+        Weakness(
+            "grant-version", "public.todo_db_version", f"GRANT {right} ON todo_db_version TO PUBLIC"
+        )
+        for right in ("DELETE", "UPDATE", "INSERT (version_num)")
     ),
     Weakness("grant-temporary", DATABASE, f"GRANT TEMPORARY ON DATABASE {DATABASE} TO PUBLIC"),
     Weakness(
@@ -351,6 +383,12 @@ PLANTS = (
     ),
     Weakness("trigger-missing", "public.users", "DROP TRIGGER update_users_updated_at ON users"),
     Weakness("trigger-disabled", "public.tasks", "ALTER TABLE tasks DISABLE TRIGGER USER"),
+    Weakness(
+        "trigger-disabled",
+        "public.sessions",
+        "ALTER TABLE sessions DISABLE TRIGGER ALL",
+        "ALTER TABLE sessions ENABLE TRIGGER ALL",
+    ),
     Weakness(
         "row-security-off",
         "row_security",
@@ -482,7 +520,34 @@ MISTAKES = (
         ALTER TABLE rates OWNER TO todo_owner; GRANT SELECT ON rates TO todo_app""",
         "DROP TABLE rates",
     ),
+    Weakness(
+        "rls-disabled",
+        "public.labels",
+        "ALTER TABLE labels DISABLE ROW LEVEL SECURITY; DROP POLICY fence ON labels",
+    ),
+    Weakness(
+        "rls-disabled",
+        "public.rates",
+        """CREATE FOREIGN DATA WRAPPER w; CREATE SERVER s FOREIGN DATA WRAPPER w;
+        CREATE FOREIGN TABLE rates (user_id text NOT NULL) SERVER s;
+        GRANT SELECT ON rates TO todo_app""",
+        "DROP FOREIGN DATA WRAPPER w CASCADE",
+    ),
+    # What names nobody has no rules about its keys.
+    Weakness(
+        "owner-column",
+        "public.labels",
+        """ALTER TABLE labels ALTER user_id DROP NOT NULL; CREATE UNIQUE INDEX ON labels (name);
+        ALTER TABLE labels ADD task_id bigint REFERENCES tasks;
+        GRANT INSERT (task_id) ON labels TO todo_app""",
+    ),
     Weakness("policy-missing", "public.labels", "DROP POLICY own ON labels"),
+    Weakness(
+        "policy-missing",
+        "public.labels",
+        """DROP POLICY own ON labels; DROP POLICY fence ON labels;
+        CREATE POLICY other ON labels TO todo_auth USING (true)""",
+    ),
     Weakness(
         "policy-missing",
         "public.labels",
@@ -586,6 +651,21 @@ MISTAKES = (
         "public.labels",
         "ALTER TABLE labels DROP CONSTRAINT fk_labels_user_id_users",
     ),
+    *(
+        Weakness(
+            "foreign-key-missing",
+            "public.notes",
+            f"""{NOTES} ALTER TABLE notes DROP CONSTRAINT notes_user_id_fkey;
+            ALTER TABLE notes ADD label_id bigint, ADD friend text, {key};
+            REVOKE INSERT ON notes FROM todo_app""",
+        )
+        for key in (
+            "ADD FOREIGN KEY (user_id, label_id) REFERENCES labels (user_id, id) ON DELETE CASCADE",
+            """ALTER label_id SET NOT NULL,
+            ADD FOREIGN KEY (user_id, label_id) REFERENCES labels (user_id, id)""",
+            "ADD FOREIGN KEY (friend) REFERENCES users ON DELETE CASCADE",
+        )
+    ),
     # Unique keys
     *(
         Weakness("unique-crossing", "crossing on public.labels", sql)
@@ -658,6 +738,24 @@ MISTAKES = (
     ),
     Weakness(
         "view-owner-rights", "public.my_labels", "ALTER VIEW my_labels RESET (security_invoker)"
+    ),
+    Weakness(
+        "view-owner-rights",
+        "public.my_labels",
+        "ALTER VIEW my_labels SET (security_invoker = false, security_barrier = true)",
+    ),
+    Weakness(
+        "view-owner-rights",
+        "public.my_labels",
+        """ALTER VIEW my_labels RESET (security_invoker);
+        ALTER VIEW my_labels SET (security_barrier = true)""",
+    ),
+    Weakness(
+        "function-definer",
+        "public.raised(text)",
+        """CREATE FUNCTION raised(text) RETURNS text LANGUAGE sql IMMUTABLE SECURITY DEFINER
+            RETURN upper($1);
+        CREATE INDEX ON labels (raised(name)); REVOKE ALL ON FUNCTION raised FROM PUBLIC""",
     ),
     Weakness(
         "function-definer",
@@ -911,6 +1009,29 @@ class TestExamine:
             ("ALTER ROLE todo_auth LOGIN", "ALTER ROLE todo_auth NOLOGIN"),
             ("CREATE INDEX own ON tasks (title); ALTER TABLE tasks SET (fillfactor = 50)", ""),
             ("REVOKE EXECUTE ON FUNCTION set_updated_at() FROM PUBLIC", ""),
+            ("ALTER TABLE tasks ADD number bigint GENERATED ALWAYS AS IDENTITY", ""),
+            # Nobody can call it by hand.
+            (
+                """CREATE FUNCTION spy() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+                    AS 'BEGIN RETURN NEW; END'""",
+                "",
+            ),
+            (
+                "ALTER DATABASE postgres SET todo_db.user_id = 'x'",
+                "ALTER DATABASE postgres RESET todo_db.user_id",
+            ),
+            # What every user may set, and what another role may.
+            (
+                """GRANT SET ON PARAMETER work_mem TO todo_app;
+                GRANT SET ON PARAMETER log_statement TO todo_auth""",
+                """REVOKE ALL ON PARAMETER work_mem FROM todo_app;
+                REVOKE ALL ON PARAMETER log_statement FROM todo_auth""",
+            ),
+            (
+                """ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO todo_auth;
+                ALTER DEFAULT PRIVILEGES GRANT USAGE ON TYPES TO todo_app""",
+                "",
+            ),
             ("CREATE TABLE secrets (); CREATE MATERIALIZED VIEW counts AS SELECT 1", ""),
             (
                 """CREATE VIEW mine WITH (security_invoker = yes) AS SELECT * FROM tasks;
@@ -956,6 +1077,12 @@ class TestExamine:
                 ("policy-missing", "public.tasks"),
                 ("rls-disabled", "public.notes"),
             }
+
+    async def test_reports_a_role_beside_that_of_better_auth(self, place: Cluster) -> None:
+        roles = "todo_auth, pg_monitor"
+        plant = Weakness("", "", f"GRANT {roles} TO {LOGIN}", f"REVOKE {roles} FROM {LOGIN}")
+        async with with_weakness(place, plant):
+            assert await found(place) == {("login-auth", LOGIN), ("login-member", "pg_monitor")}
 
     async def test_reports_no_difference_that_another_finding_of_the_object_explains(
         self, place: Cluster
@@ -1114,6 +1241,31 @@ class TestOwnTables:
     async def test_are_silent_where_they_are_sound(self, own_place: Cluster) -> None:
         assert await found(own_place) == set()
 
+    @pytest.mark.parametrize(
+        "harmless",
+        [
+            # Columns that no user may write let nobody try values.
+            "ALTER TABLE labels ADD task_id bigint REFERENCES tasks",
+            "ALTER TABLE labels ADD code text UNIQUE",
+            # The user is deleted with what it refers to.
+            f"""{NOTES} ALTER TABLE notes DROP CONSTRAINT notes_user_id_fkey,
+            ADD label_id bigint NOT NULL, ADD FOREIGN KEY (user_id, label_id)
+            REFERENCES labels (user_id, id) ON DELETE CASCADE""",
+            # Nobody changes it, or whoever changes it says so.
+            "DROP TRIGGER touch ON labels; REVOKE UPDATE ON labels FROM todo_app",
+            "DROP TRIGGER touch ON labels; GRANT UPDATE (updated_at) ON labels TO todo_app",
+            "ALTER TABLE labels ADD serial serial; REVOKE INSERT ON labels FROM todo_app",
+            # Only those in the schema public are todo_db's and Better Auth's.
+            'ALTER TABLE app."Notes" RENAME TO tasks',
+            'ALTER TABLE app."Notes" RENAME TO sessions',
+        ],
+    )
+    async def test_are_silent_about_what_is_harmless(
+        self, own_place: Cluster, harmless: str
+    ) -> None:
+        async with with_weakness(own_place, Weakness("", "", harmless)):
+            assert await found(own_place) == set()
+
     @pytest.mark.parametrize("plant", MISTAKES, ids=named)
     async def test_mistake_is_named(self, own_place: Cluster, plant: Weakness) -> None:
         async with with_weakness(own_place, plant):
@@ -1159,14 +1311,37 @@ class TestOwnTables:
             )
         assert remedy in finding.remedy
 
-    async def test_shared_policy_for_all_commands_shares_nothing(self, own_place: Cluster) -> None:
-        plant = """DROP POLICY todo_db_shared ON currencies;
-            CREATE POLICY todo_db_shared ON currencies TO todo_app USING (true)"""
+    @pytest.mark.parametrize(
+        ("policy", "binds"),
+        [
+            ("todo_db_shared ON currencies TO todo_app USING (true)", True),
+            ("todo_db_shared ON currencies FOR SELECT TO todo_app USING (code <> '')", True),
+            ("other ON currencies FOR SELECT TO todo_app USING (true)", True),
+            ("todo_db_shared ON currencies FOR SELECT TO todo_auth USING (true)", False),
+            (
+                "todo_db_shared ON currencies AS RESTRICTIVE FOR SELECT TO todo_app USING (true)",
+                False,
+            ),
+        ],
+    )
+    async def test_other_policy_shares_nothing(
+        self,
+        own_place: Cluster,
+        policy: str,
+        binds: bool,  # noqa: FBT001
+    ) -> None:
+        plant = f"DROP POLICY todo_db_shared ON currencies; CREATE POLICY {policy}"
+        missing = set() if binds else {("policy-missing", "public.currencies")}
         async with with_weakness(own_place, Weakness("", "", plant)):
-            assert await found(own_place) == {
+            assert await found(own_place) == missing | {
                 ("foreign-key-crossing", "labels_currency_fkey on public.labels"),
                 ("owner-column", "public.currencies"),
             }
+
+    async def test_owner_of_another_type_is_named(self, own_place: Cluster) -> None:
+        plant = NOTES.replace("user_id text", "user_id varchar")
+        async with with_weakness(own_place, Weakness("", "", plant)):
+            assert ("owner-column", "public.notes") in await found(own_place)
 
     async def test_our_table_cannot_be_shared(self, own_place: Cluster) -> None:
         plant = "CREATE POLICY todo_db_shared ON tasks FOR SELECT TO todo_app USING (true)"

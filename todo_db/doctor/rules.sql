@@ -60,7 +60,7 @@ owned AS (
         attnotnull AND atttypid = 'text'::regtype
             AND (SELECT collisdeterministic FROM pg_collation c WHERE c.oid = attcollation)
             AS named_by_text, pg_index.indkey::int2[] AS primary_key
-    FROM stored s LEFT JOIN pg_attribute ON attrelid = s.oid AND NOT attisdropped
+    FROM stored s LEFT JOIN pg_attribute ON attrelid = s.oid
         AND attname = CASE name WHEN 'public.users' THEN 'id' ELSE 'user_id' END
         LEFT JOIN pg_index ON indrelid = s.oid AND indisprimary
     WHERE NOT shared),
@@ -78,7 +78,7 @@ keys AS (
         confkey[array_position(conkey, owner)] = theirs.attnum IS TRUE AS carries,
         EXISTS (SELECT FROM pg_attribute WHERE attrelid = conrelid AND attnum = ANY (conkey)
             AND NOT attnotnull) AS nullable
-    FROM owned o JOIN pg_constraint k ON conrelid = o.oid AND contype = 'f'
+    FROM owned o JOIN pg_constraint k ON conrelid = o.oid
         -- A key to a partitioned table has copies for its partitions.
         AND NOT EXISTS (SELECT FROM pg_constraint c
             WHERE c.oid = k.conparentid AND c.conrelid = k.conrelid)
