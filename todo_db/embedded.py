@@ -1,10 +1,12 @@
 """A real PostgreSQL 18 from a Python wheel, without an installation (extra `embedded`)."""
 
+import os
 import subprocess
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import disk_usage
-from typing import Final, Self
+from typing import IO, Final, Self, cast
 
 from sqlalchemy import URL
 
@@ -19,14 +21,15 @@ DATABASE: Final = "todo"
 _PLENTY: Final = 4 * 2**30
 
 # psql's \\gexec runs the statement that a query returns, if it returns a row. The lock serialises
-# processes that start in a new folder at the same time. The owner is like Neon's: not a superuser,
-# but it bypasses row-level security.
+# processes that start in a new folder at the same time; a psql that is kept must not keep it. The
+# owner is like Neon's: not a superuser, but it bypasses row-level security.
 _PROVISION: Final = f"""
     SELECT pg_advisory_lock(7306001205);
     SELECT 'CREATE ROLE {OWNER} LOGIN CREATEDB CREATEROLE BYPASSRLS'
         WHERE to_regrole('{OWNER}') IS NULL \\gexec
     SELECT 'CREATE DATABASE {DATABASE} OWNER {OWNER}'
         WHERE NOT EXISTS (SELECT FROM pg_database WHERE datname = '{DATABASE}') \\gexec
+    SELECT pg_advisory_unlock_all();
 """  # noqa: S608  # constants
 _FAST: Final = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 _PROGRAMS: Final = Path("pginstall18", "bin")
@@ -41,7 +44,8 @@ class EmbeddedPostgres:
 
     Args:
         folder: The folder for the data; created if it is missing, kept when the server stops.
-        durable: Whether a commit survives a crash of the machine. Tests do not need that.
+        durable: Whether a commit survives a crash of the machine. Tests do not need that. They run
+            many statements, so one psql is kept for all of them.
 
     Attributes:
         log: The file to which the server logs.
@@ -51,6 +55,8 @@ class EmbeddedPostgres:
         folder = folder.expanduser().resolve()
         self.log: Final = folder / "log"
         self._server = Server(folder, _programs(), () if durable else _FAST)
+        self._keeps_psql = not durable
+        self._kept: _Psql | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -74,6 +80,9 @@ class EmbeddedPostgres:
 
     def stop(self) -> None:
         """Stop the server, if no other program uses it; the data is kept."""
+        if self._kept is not None:
+            self._kept.end()
+            self._kept = None
         self._server.stop()
 
     def url(self, *, user: str = OWNER, database: str = DATABASE) -> str:
@@ -132,18 +141,48 @@ class EmbeddedPostgres:
         return str(socket_folder(self.log.parent))
 
     def _psql(self, *statements: str) -> None:
-        place = ["-h", self._socket_folder(), "-U", "postgres", "postgres"]
-        done = subprocess.run(  # noqa: S603  # no shell, and no user input
-            [self.program("psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", *place],
-            input=";\n".join((*statements, "")),
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
+        folder = self._socket_folder()
+        psql, self._kept = self._kept, None
+        if psql is not None and not psql.run("SELECT"):
+            # Its connection was terminated.
+            psql.end()
+            psql = None
+        psql = psql or _Psql(folder)
+        is_done = psql.run(*statements)
+        if is_done and self._keeps_psql:
+            self._kept = psql
+        else:
+            psql.end()
+        if not is_done:
             raise ConfigurationError(
                 "the embedded PostgreSQL refused a statement: see the file log in its folder"
             )
+
+
+class _Psql:
+    """A process of psql, which ends at the first statement that is refused."""
+
+    def __init__(self, socket_folder: str) -> None:
+        place = ("-h", socket_folder, "-U", "postgres", "postgres")
+        self._process = subprocess.Popen(  # noqa: S603  # no shell, and no user input
+            # Only \echo writes to the pipe.
+            (_programs() / "psql", "-Xq", "-v", "ON_ERROR_STOP=1", "-o", os.devnull, *place),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def run(self, *statements: str) -> bool:
+        """Run statements, and return whether none was refused."""
+        with suppress(BrokenPipeError):
+            script = cast("IO[str]", self._process.stdin)
+            script.write(";\n".join((*statements, "\\echo done\n")))
+            script.flush()
+        return bool(cast("IO[str]", self._process.stdout).readline())
+
+    def end(self) -> None:
+        self._process.communicate()
 
 
 def folder_in_memory() -> Path | None:

@@ -214,6 +214,18 @@ async def answer(server: EmbeddedPostgres) -> object:
         await connection.close()
 
 
+async def backend_of_psql(server: EmbeddedPostgres) -> int:
+    """Run a statement, and return the process that ran it."""
+    server._psql("SELECT")
+    connection = await asyncpg.connect(server.url(user="postgres"))
+    pid: int = await connection.fetchval(
+        "SELECT pid FROM pg_stat_activity WHERE application_name = 'psql'"
+        " ORDER BY backend_start DESC LIMIT 1"
+    )
+    await connection.close()
+    return pid
+
+
 def left_in(folder: Path) -> list[str]:
     """Return what only a running or an interrupted server has in its folder."""
     names = {path.name for path in (*folder.iterdir(), *(folder / "data").iterdir())}
@@ -435,6 +447,50 @@ class TestPrivacy:
         monkeypatch.setattr("todo_db.server._USER", "not/a name")
         with pytest.raises(ConfigurationError, match="not/a name cannot be created"):
             EmbeddedPostgres(folder / "pg").start()
+
+
+class TestPsql:
+    """Which runs the statements of a server."""
+
+    async def test_is_kept_for_tests(self, todo_postgres: EmbeddedPostgres) -> None:
+        assert await backend_of_psql(todo_postgres) == await backend_of_psql(todo_postgres)
+
+    async def test_is_replaced_when_its_connection_was_terminated(
+        self, todo_postgres: EmbeddedPostgres
+    ) -> None:
+        before = await backend_of_psql(todo_postgres)
+        connection = await asyncpg.connect(todo_postgres.url(user="postgres"))
+        assert await connection.fetchval("SELECT pg_terminate_backend($1, 5000)", before)
+        await connection.close()
+        assert await backend_of_psql(todo_postgres) != before
+
+    async def test_is_replaced_when_it_was_killed(self, todo_postgres: EmbeddedPostgres) -> None:
+        before = await backend_of_psql(todo_postgres)
+        assert todo_postgres._kept is not None
+        todo_postgres._kept._process.kill()
+        todo_postgres._kept._process.wait()
+        assert await backend_of_psql(todo_postgres) != before
+
+    async def test_is_replaced_after_a_statement_that_was_refused(
+        self, todo_postgres: EmbeddedPostgres
+    ) -> None:
+        before = await backend_of_psql(todo_postgres)
+        with pytest.raises(ConfigurationError, match="refused a statement: see the file log"):
+            todo_postgres.drop_database("missing")
+        assert await backend_of_psql(todo_postgres) != before
+
+    async def test_keeps_no_lock_of_the_start(self, folder: Path) -> None:
+        with EmbeddedPostgres(folder / "pg", durable=False) as server:
+            assert server._kept is not None
+            connection = await asyncpg.connect(server.url())
+            query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+            assert await connection.fetchval(query) == 0
+            await connection.close()
+        assert left_in(folder / "pg") == []
+
+    def test_of_a_durable_server_is_not_kept(self, folder: Path) -> None:
+        with EmbeddedPostgres(folder / "pg") as server:
+            assert server._kept is None
 
 
 class TestUrl:
