@@ -137,7 +137,6 @@ async def assert_nothing_left(database: Database, superuser: Connection) -> None
 
 
 class TestAtRandom:
-    @pytest.mark.no_cover  # each of its 1,800 units runs the same lines
     @pytest.mark.parametrize(
         ("twice", "units"),
         [
