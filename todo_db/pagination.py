@@ -125,7 +125,10 @@ def _text(key: Key) -> str:
     """Return a key as JSON. `json.dumps` would take as long as all else that is done for a page."""
     if isinstance(key, datetime):
         key = (key - EPOCH) // MICROSECOND
-    return str(key) if isinstance(key, int) else encode_basestring_ascii(str(key))
+    elif isinstance(key, UUID):
+        key = str(key)
+    # The str() of a member of an Enum is its name.
+    return int.__repr__(key) if isinstance(key, int) else encode_basestring_ascii(key)
 
 
 def _key(kind: type[Key], key: object) -> Key:

@@ -4,6 +4,7 @@ import base64
 import inspect
 import json
 from datetime import UTC, datetime, timedelta, timezone
+from enum import Enum
 from typing import Any
 from uuid import UUID
 
@@ -47,6 +48,14 @@ keys: dict[type, st.SearchStrategy[Any]] = {
     UUID: st.uuids(),
 }
 filters_ = st.tuples(st.none() | st.booleans(), st.none() | st.text(max_size=20))
+
+
+class Priority(int, Enum):
+    HIGH = 1
+
+
+class Colour(str, Enum):  # noqa: UP042  # the str() of a StrEnum is its value
+    RED = "red"
 
 
 def scope_of(sort: TaskSort, filters: Filters = NONE) -> Scope:
@@ -122,6 +131,15 @@ class TestRoundTrip:
         there = MOMENT.astimezone(timezone(timedelta(hours=9)))
         cursor = written_by(TaskSort.RECENTLY_UPDATED, (there, 1))
         assert cursor == written_by(TaskSort.RECENTLY_UPDATED, (MOMENT, 1))
+
+    @pytest.mark.parametrize(("key", "value"), [(Priority.HIGH, 1), (Colour.RED, "red")])
+    def test_a_member_of_an_enum_is_its_value(self, key: Key, value: Key) -> None:
+        assert encode(NONE, (key,)) == encode(NONE, (value,))
+
+    @pytest.mark.parametrize("key", [None, 1.5, MOMENT.date(), b"red"])
+    def test_refuses_what_it_cannot_return(self, key: Any) -> None:  # noqa: ANN401  # not a key
+        with pytest.raises(TypeError):
+            encode(NONE, (key,))
 
     def test_does_not_contain_the_user(self) -> None:
         assert list(inspect.signature(encode).parameters) == ["scope", "keys"]
