@@ -10,10 +10,7 @@ from typing import Final
 from todo_db.calls import Call
 from todo_db.errors import (
     CallTimeoutError,
-    ConfigurationError,
-    IsolationError,
     OutcomeUnknownError,
-    SchemaError,
     TodoDBError,
     UnavailableError,
 )
@@ -65,11 +62,8 @@ class Retries:
             case UnavailableError():
                 self._lock_waits += isinstance(failure, CallTimeoutError)
                 again = failure.transient and self._lock_waits < _MOST_LOCK_WAITS
-            case ConfigurationError() | IsolationError() | SchemaError():
-                again = False
             case _:
-                # The server's answer to this try, whatever became of the others.
-                raise failure
+                again = False
         delay = self._delay_seconds()
         begins = time.monotonic() + delay
         self._until = min(self._until, begins + self._settings.retry_timeout_seconds)

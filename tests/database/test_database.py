@@ -857,6 +857,24 @@ class TestLostCommit:
                 await database_through_proxy.tasks.update("alice", task.id, title="new")
         assert await owner.fetchval("SELECT title FROM tasks") == "new"
 
+    @pytest.mark.parametrize("sqlstate", ["58030", "23505", "23514"])
+    async def test_stays_unknown_when_the_server_refuses_the_next_try(
+        self, db: Database, proxy: Proxy, owner: Connection, sqlstate: str
+    ) -> None:
+        task = await db.tasks.create("alice", "old")
+        await owner.execute(f"""
+            CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+                BEGIN RAISE EXCEPTION 'planted' USING ERRCODE = '{sqlstate}'; END
+            $$;
+            CREATE TRIGGER refuse BEFORE UPDATE ON tasks FOR EACH ROW
+                WHEN (OLD.title = NEW.title) EXECUTE FUNCTION refuse()
+        """)
+        async with Database.from_url(proxy.url) as database_through_proxy:
+            proxy.break_at(COMMIT, Fault.CUT_AFTER)
+            with pytest.raises(OutcomeUnknownError):
+                await database_through_proxy.tasks.update("alice", task.id, title="new")
+        assert await owner.fetchval("SELECT title FROM tasks") == "new"
+
     async def test_retries_turned_off(self, db: Database, proxy: Proxy) -> None:
         task = await db.tasks.create("alice", "old")
         async with Database.from_url(proxy.url, retry_attempts=1) as single:
