@@ -1,6 +1,9 @@
 """Deadlines of many, with one timer of the event loop."""
 
 import asyncio
+import gc
+import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +67,38 @@ class TestAdd:
         deadlines.add("statement", _in(60))
         await asyncio.sleep(0.1)
         assert over == []
+
+    async def test_does_not_expire_what_ends_in_the_same_turn(
+        self, deadlines: Deadlines[str], over: list[str]
+    ) -> None:
+        """As a statement does whose answer arrived while the loop was busy."""
+        begun, answer = _in(0), asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_at(begun + 0.01, answer.set_result, None)
+        deadlines.add("statement", begun + 0.02)
+        time.sleep(0.05)  # noqa: ASYNC251  # the loop is busy
+        await answer
+        deadlines.remove("statement")
+        await asyncio.sleep(0.02)
+        assert over == []
+
+    async def test_keeps_nothing_in_memory(self) -> None:
+        expired: list[Deadlines[str]] = []
+
+        class Owner:
+            def __init__(self) -> None:
+                self.deadlines = Deadlines(self.expire)
+
+            def expire(self, _item: str) -> None:
+                expired.append(self.deadlines)
+
+        owner = Owner()
+        owner.deadlines.add("statement", _in(0.05))
+        kept = weakref.ref(owner)
+        del owner
+        gc.collect()
+        assert kept() is None
+        await asyncio.sleep(0.1)
+        assert expired == []
 
     async def test_by_what_expires_is_kept(self) -> None:
         times: list[float] = []

@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
+from weakref import ref
 
 
 class Deadlines[T]:
@@ -18,7 +20,7 @@ class Deadlines[T]:
     def __init__(self, expire: Callable[[T], None]) -> None:
         self._expire = expire
         self._deadlines: dict[T, float] = {}
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
         self._rings = 0.0
 
     def add(self, item: T, deadline: float) -> None:
@@ -35,12 +37,27 @@ class Deadlines[T]:
         if self._timer is not None:
             self._timer.cancel()
         self._rings = deadline
-        self._timer = asyncio.get_running_loop().call_at(deadline, self._ring)
+        # Not a method: a pool that was closed would be kept in memory until the timer rings.
+        self._timer = asyncio.get_running_loop().call_at(deadline, _ring, ref(self))
 
-    def _ring(self) -> None:
+    def ring(self) -> None:
+        """Expire what is over in the next turn of the loop.
+
+        An answer that arrived in this turn, while the loop was busy, is in time: its caller runs
+        before.
+        """
+        self._timer = asyncio.get_running_loop().call_soon(self._expire_late)
+
+    def _expire_late(self) -> None:
         self._timer = None
         for item in [item for item, deadline in self._deadlines.items() if deadline <= self._rings]:
             del self._deadlines[item]
             self._expire(item)
         if self._deadlines:
             self._set_timer(min(self._deadlines.values()))
+
+
+def _ring(referred: Callable[[], Deadlines[Any] | None]) -> None:
+    deadlines = referred()
+    if deadlines is not None:
+        deadlines.ring()
