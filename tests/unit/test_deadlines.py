@@ -4,7 +4,6 @@ import asyncio
 import gc
 import time
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,9 +28,9 @@ async def timers(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     made: list[float] = []
     call_at = loop.call_at
 
-    def counted(when: float, callback: Callable[..., object], *arguments: Any) -> object:  # noqa: ANN401  # asyncio's own
+    def counted(when: float, *arguments: Any, **keywords: Any) -> object:  # noqa: ANN401  # asyncio's own
         made.append(when)
-        return call_at(when, callback, *arguments)
+        return call_at(when, *arguments, **keywords)
 
     monkeypatch.setattr(loop, "call_at", counted)
     return made
@@ -61,6 +60,20 @@ class TestAdd:
             deadlines.add(f"statement {number}", first + number)
             deadlines.remove(f"statement {number}")
         assert timers == [first]
+
+    async def test_pauses_between_looks_at_many(
+        self, deadlines: Deadlines[str], over: list[str], timers: list[float]
+    ) -> None:
+        first = _in(0.05)
+        for number in range(1000):
+            deadlines.add(f"caller {number}", first + 60)
+        deadlines.add("first", first)
+        deadlines.add("second", first + 1e-6)
+        await asyncio.sleep(0.1)
+        assert over == ["first", "second"]
+        *_, second_look, third_look = timers
+        assert second_look - first > 0.001
+        assert third_look == first + 60
 
     async def test_moves_a_deadline(self, deadlines: Deadlines[str], over: list[str]) -> None:
         deadlines.add("statement", _in(0.05))
