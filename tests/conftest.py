@@ -11,7 +11,6 @@ import pytest
 import pytest_asyncio
 from cluster import SINGLE
 from driver import Connection
-from hypothesis import is_hypothesis_test
 from pgbouncer import BOOKWORM, PASSWORD, TRIXIE, PgBouncer
 from proxy import Proxy
 
@@ -42,13 +41,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="Run single calls under the recommended login in one round trip, not in three.",
     )
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Do not measure coverage of many examples, which doubles their time: other tests have it."""
-    for item in items:
-        if is_hypothesis_test(getattr(item, "obj", None)):
-            item.add_marker(pytest.mark.no_cover)
 
 
 def pytest_collection_finish() -> None:

@@ -169,6 +169,35 @@ class TestNames:
         assert b"__asyncpg_" not in proxy.sent
 
 
+class TestFetchUnwatched:
+    """After a change of the schema it does what asyncpg's `fetch` does."""
+
+    @pytest_asyncio.fixture(autouse=True)
+    async def notes(self, owner: Connection) -> None:
+        await owner.execute("CREATE TABLE notes (number int); GRANT SELECT ON notes TO PUBLIC")
+        await owner.execute("INSERT INTO notes VALUES (1)")
+
+    async def test_prepares_a_statement_again_that_the_server_refused(
+        self, named: NamedConnection, owner: Connection
+    ) -> None:
+        sql = "SELECT * FROM public.notes"
+        assert [tuple(row) for row in await fetch_unwatched(named, sql, ())] == [(1,)]
+        await owner.execute("ALTER TABLE notes ADD COLUMN title text")
+        assert [tuple(row) for row in await fetch_unwatched(named, sql, ())] == [(1, None)]
+
+    async def test_forgets_the_types_of_rows_that_it_could_not_read(
+        self, named: NamedConnection, owner: Connection
+    ) -> None:
+        sql = "SELECT note FROM public.notes AS note"
+        ((note,),) = await fetch_unwatched(named, sql, ())
+        assert tuple(note) == (1,)
+        await owner.execute("ALTER TABLE notes ADD COLUMN title text")
+        with pytest.raises(asyncpg.OutdatedSchemaCacheError):
+            await fetch_unwatched(named, sql, ())
+        ((note,),) = await fetch_unwatched(named, sql, ())
+        assert tuple(note) == (1, None)
+
+
 def _overrides(child: type, parent: type) -> list[tuple[type, type, str]]:
     """Everything that the class replaces or adds, except what Python itself calls."""
     return [

@@ -33,9 +33,6 @@ from todo_db import (
 from todo_db.embedded import LOGIN, EmbeddedPostgres
 from todo_db.repositories import Statement, tasks
 
-# As for other tests with many examples: coverage doubles their time.
-pytestmark = pytest.mark.no_cover
-
 USERS = ("alice", "bob", "mallory")
 PROFILE = settings(
     max_examples=40,

@@ -407,7 +407,6 @@ class TestOpenAPI:
                     problems = {"400", "401", "404", "409", "412", "413", "422", "503", "504"}
                     assert problems <= set(operation["responses"])
 
-    @pytest.mark.no_cover  # each of its examples runs the same lines
     @pytest.mark.parametrize("label", OPERATIONS)
     @pytest.mark.usefixtures("configured")
     async def test_says_what_the_service_does(self, label: str, owner: Connection) -> None:
