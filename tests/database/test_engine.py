@@ -7,7 +7,7 @@ import tempfile
 import traceback
 from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import asyncpg
 import pytest
@@ -149,7 +149,9 @@ class TestWaiter:
     async def waiter(self) -> _Waiter:
         loop = asyncio.get_running_loop()
         later = loop.time() + 60
-        return _Waiter(loop.create_future(), None, later, later)
+        return _Waiter(
+            loop.create_future(), cast("asyncio.Task[None]", asyncio.current_task()), later, later
+        )
 
     async def test_of_one_who_was_served_does_nothing(self, url: str, waiter: _Waiter) -> None:
         waiter.connection.cancel()

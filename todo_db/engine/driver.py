@@ -300,7 +300,7 @@ async def fetch_unwatched(
 
     They take a quarter of the client's time of a call. The caller has to watch the time.
     """
-    connection = cast("Any", driver)
+    connection: Any = driver
     statement = await connection._get_statement(sql, None)  # noqa: SLF001  # the public ones have both
     execute: Callable[..., Awaitable[list[asyncpg.Record]]] = connection._protocol.bind_execute  # noqa: SLF001
     try:

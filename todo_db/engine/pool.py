@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import inf
 from random import uniform
 from secrets import token_hex
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import asyncpg
 
@@ -28,7 +28,7 @@ _FIRST_DELAY_SECONDS: Final = 0.05
 _MAX_DELAY_SECONDS: Final = 2.0
 _LONG_WAIT_SECONDS: Final = 1.0
 
-type _Task = asyncio.Task[Any] | None
+type _Task = asyncio.Task[Any]
 
 _logger: Final = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class Pool:
         connection = self._idle[-1]
         if connection.generation != self._generation or not connection.is_fresh:
             return None
-        return self._lend(self._idle.pop(), asyncio.current_task())
+        return self._lend(self._idle.pop(), _current_task())
 
     async def acquire(
         self, since: float | None = None, call: Call | None = None
@@ -208,13 +208,14 @@ class Pool:
         now = loop.time()
         waiter = _Waiter(
             connection=loop.create_future(),
-            task=asyncio.current_task(),
+            task=_current_task(),
             queue_until=now + self._timeout,
             connect_until=(now if since is None else since) + self._connect_seconds,
         )
         self._waiters.append(waiter)
         self._raise_if_deadlocked(waiter)
-        self._serve()
+        if self._idle or self._total < self._size:
+            self._serve()
         self._waiting.add(waiter, min(waiter.queue_until, waiter.connect_until))
         try:
             return await waiter.connection
@@ -230,9 +231,8 @@ class Pool:
 
         Until the connection is released. If it is cancelled by that, `is_late` says so.
         """
-        task = self._lent[connection]
         connection.is_late = False
-        connection.cancellations = 0 if task is None else task.cancelling()
+        connection.cancellations = self._lent[connection].cancelling()
         now = asyncio.get_running_loop().time()
         self._running.add(connection, now + self._statement_seconds)
 
@@ -241,10 +241,7 @@ class Pool:
 
         The caller has to ask before the connection is released, and once.
         """
-        task = self._lent[connection]
-        return (
-            connection.is_late and task is not None and task.uncancel() <= connection.cancellations
-        )
+        return connection.is_late and self._lent[connection].uncancel() <= connection.cancellations
 
     def release(self, connection: PooledConnection) -> None:
         """Take a connection back, and give it to the first caller in the queue.
@@ -359,10 +356,8 @@ class Pool:
 
     def _interrupt(self, connection: PooledConnection) -> None:
         """Cancel the statement of a caller whose time is over."""
-        task = self._lent[connection]
-        if task is not None:
-            connection.is_late = True
-            task.cancel()
+        connection.is_late = True
+        self._lent[connection].cancel()
 
     def _note_wait(self, seconds: float, call: Call | None) -> None:
         if call is not None:
@@ -597,3 +592,7 @@ class Pool:
             self._note_closed(reason)
             if self._open:
                 self._serve()
+
+
+def _current_task() -> _Task:
+    return cast("_Task", asyncio.current_task())

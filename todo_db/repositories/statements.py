@@ -60,7 +60,7 @@ class Compiled(NamedTuple):
         """
         given = {**self.constants, **values, OWNER: user_id}
         try:
-            return tuple(map(given.__getitem__, self.names))
+            return tuple([given[name] for name in self.names])
         except KeyError as error:
             failure = ConfigurationError(f"the operation has no value for {error}")
         raise failure
