@@ -173,7 +173,9 @@ class TestFetchUnwatched:
     """After a change of the schema it does what asyncpg's `fetch` does."""
 
     @pytest_asyncio.fixture(autouse=True)
-    async def notes(self, owner: Connection) -> None:
+    async def notes(self, named: NamedConnection, owner: Connection) -> None:
+        # After the Database was opened, which refuses a table without a fence.
+        del named
         await owner.execute("CREATE TABLE notes (number int); GRANT SELECT ON notes TO PUBLIC")
         await owner.execute("INSERT INTO notes VALUES (1)")
 
