@@ -202,7 +202,7 @@ class Mutation:
             attacks.answer_of_commit_is_read,
         ),
         (
-            Mutation(Pool, "_is_current", "connection.is_reusable", "True"),
+            Mutation(Pool, "take", "not connection.is_fresh", "False"),
             attacks.dirty_connection_is_not_acquired,
         ),
     ],

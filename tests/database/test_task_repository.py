@@ -578,7 +578,7 @@ class TestList:
     @pytest.mark.parametrize("after", [False, True])
     def test_orders_titles_by_code_point_in_any_collation(self, *, after: bool) -> None:
         # The test servers have no collation with another order.
-        sql = tasks._page_statement(TaskSort.TITLE, False, False, after=after).in_transaction.sql  # noqa: FBT003
+        sql = tasks._page_statement(TaskSort.TITLE, False, False, after).in_transaction.sql  # noqa: FBT003
         assert 'ORDER BY tasks.title COLLATE "C"' in sql
         assert ('(tasks.title COLLATE "C", tasks.id) >' in sql) == after
 

@@ -47,7 +47,7 @@ def _pages() -> Iterator[tuple[str, Statement]]:
     for sort, completed, search, after in product(TaskSort, _FLAGS, _FLAGS, _FLAGS):
         given = {"completed": completed, "search": search, "after": after}
         name = "-".join(["tasks_page", sort.value, *(key for key, flag in given.items() if flag)])
-        yield name, tasks._page_statement(sort, completed, search, after=after)
+        yield name, tasks._page_statement(sort, completed, search, after)
 
 
 def _counts() -> Iterator[tuple[str, Statement]]:

@@ -567,6 +567,7 @@ def _page_statement(
     completed: bool,  # noqa: FBT001
     search: bool,  # noqa: FBT001
     after: bool,  # noqa: FBT001
+    /,
 ) -> Statement:
     def build(owner: ColumnElement[str]) -> Executable:
         first = select(owner).scalar_subquery()
