@@ -321,7 +321,7 @@ class TestConnecting:
 
     async def test_no_url(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("DATABASE_URL", raising=False)
-        with pytest.raises(ConfigurationError, match="DATABASE_URL"):
+        with pytest.raises(ConfigurationError, match="todo-db login"):
             Pool(Settings())
 
     async def test_old_poolers_get_no_prepared_statements(self, url: str, proxy: Proxy) -> None:

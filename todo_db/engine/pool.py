@@ -70,7 +70,10 @@ class Pool:
 
     def __init__(self, settings: Settings) -> None:
         if settings.database_url is None:
-            raise ConfigurationError("DATABASE_URL is not set")
+            raise ConfigurationError(
+                "DATABASE_URL is not set: write the URL that `todo-db login` prints into .env, or "
+                "use Database.from_url"
+            )
         self._settings = settings
         self._endpoint = parse_url(settings.database_url.get_secret_value())
         self.begin_seconds: Final = min(
