@@ -54,8 +54,7 @@ class Page[T]:
 
 
 BIGINT_MAX: Final = 2**63 - 1
-# The version of what a cursor holds.
-_START: Final = "1"
+_VERSION: Final = "1"
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND: Final = timedelta(microseconds=1)
 # Enough for a title of 200 characters, each written as two escapes, and the other items.
@@ -91,7 +90,7 @@ def encode(scope: Scope, keys: tuple[Key, ...]) -> str:
     assert encode(scope, ("b",)) == page.next_cursor
     ```
     """
-    items = ",".join([_START, f'"{_digest(scope)}"', *map(_text, keys)])
+    items = ",".join([_VERSION, f'"{_digest(scope)}"', *map(_text, keys)])
     return base64.urlsafe_b64encode(f"[{items}]".encode()).rstrip(b"=").decode()
 
 

@@ -279,7 +279,7 @@ class TestDeployment:
     def test_better_auth(
         self, console: list[list[str]], installed: Terminal, owners_url: str
     ) -> None:
-        (((login,),)) = console
+        ((login,),) = console
         installed.write(".env", f"DATABASE_URL='{owners_url}'")
         url = login_url(installed.type(login))
         installed.write(".env", f"DATABASE_URL='{url}'")

@@ -217,8 +217,7 @@ class Pool:
         )
         self._waiters.append(waiter)
         self._raise_if_deadlocked(waiter)
-        if self._idle or self._total < self._size:
-            self._serve()
+        self._serve()
         self._waiting.add(waiter, min(waiter.queue_until, waiter.connect_until))
         try:
             return await waiter.connection

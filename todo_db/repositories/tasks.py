@@ -129,15 +129,13 @@ class TaskRepository:
             IdempotencyKeyReusedError: The key belongs to a call with other arguments.
         """
         user_id = inputs.user_id(user_id)
-        values = {
-            "title": inputs.title(title),
-            "description": inputs.description(description),
-            "completed": inputs.completed(completed),
-        }
+        title, description = inputs.title(title), inputs.description(description)
+        completed = inputs.completed(completed)
         if idempotency_key is not None:
             key = inputs.idempotency_key(idempotency_key)
             operation = _keyed("create", key, user_id, [NewTask(title, description, completed)])
             return (await self._executor.perform(user_id, operation))[0]
+        values = {"title": title, "description": description, "completed": completed}
         return await self._executor.perform(user_id, Operation(_CREATE, values, _one))
 
     async def create_many(
