@@ -354,7 +354,7 @@ class TestVerified:
             name(context, protocols)
 
         monkeypatch.setattr(ssl.SSLContext, "set_alpn_protocols", counted)
-        async with Database.from_url(server.tls_url(sslmode), pool_size=4) as db:
+        async with Database.from_url(server.tls_url(sslmode), pool_size=4, max_overflow=0) as db:
             await asyncio.gather(*(db.tasks.count("alice") for _ in range(20)))
             assert await server.encrypted() == [True] * 4
         assert made == 1
