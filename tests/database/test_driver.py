@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 import sqlalchemy
 from driver import Connection
-from proxy import Proxy
+from proxy import Fault, Proxy, until
 from sqlalchemy import insert, select, text
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.engine.interfaces import Dialect as SQLAlchemyDialect
@@ -207,6 +207,28 @@ def _overrides(child: type, parent: type) -> list[tuple[type, type, str]]:
         for name, value in vars(child).items()
         if callable(value) and not name.startswith("__")
     ]
+
+
+class TestIsRefused:
+    async def test_row_that_holds_the_bytes_of_a_refusal_is_none(
+        self, named: NamedConnection, proxy: Proxy
+    ) -> None:
+        """The server sends the beginning of a long row before it commits."""
+        refusal = b"\0VFATAL\0C57P01\0"
+        proxy.break_at(refusal, Fault.CUT_AFTER, sender="server")
+        with pytest.raises(asyncpg.ConnectionDoesNotExistError):
+            await named.fetch("SELECT repeat($1, 100000)::bytea", r"\000VFATAL\000C57P01\000")
+        assert refusal in named._listener._last
+        assert not named.is_refused
+
+    async def test_session_that_the_server_ended_is(
+        self, named: NamedConnection, superuser: Connection
+    ) -> None:
+        await superuser.execute("SELECT pg_terminate_backend($1)", named.get_server_pid())
+        with pytest.raises((asyncpg.PostgresError, OSError)):
+            await named.fetch("SELECT pg_sleep(10)")
+        await until(named.is_closed)
+        assert named.is_refused
 
 
 class TestPrivateNames:

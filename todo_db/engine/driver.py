@@ -83,9 +83,12 @@ def observe_answers(note: Callable[[], None]) -> Generator[None]:
         _observers.remove(note)
 
 
-# 57P01, 57P03 and 57P05, fatal: the server ended or refused the session, before it committed. No
-# column of a row can hold these bytes: text has no NUL, and the lengths between columns are small.
-_SERVER_ENDED_IT: Final = re.compile(rb"\0VFATAL\0C57P0[135]\0")
+# 57P01, 57P03 and 57P05, fatal: the server ended or refused the session, before it committed. That
+# is the end of what it sent, and only a pooler's own error follows: a row may hold the same bytes.
+_ERROR: Final = rb"E\0\0..(?:[A-Za-z][^\0]*\0)+\0"
+_SERVER_ENDED_IT: Final = re.compile(
+    rb"E\0\0..S[^\0]*\0VFATAL\0C57P0[135]\0(?:[A-Za-z][^\0]*\0)+\0(?:%b)?\Z" % _ERROR, re.DOTALL
+)
 _LONGEST_ERROR: Final = 512
 
 
