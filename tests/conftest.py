@@ -5,16 +5,17 @@ import os
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import override
 
 import asyncpg
 import pytest
 import pytest_asyncio
-from cluster import SINGLE
+from cluster import OTHER_VERSIONS, SINGLE, embeddable
 from driver import Connection
 from pgbouncer import BOOKWORM, PASSWORD, TRIXIE, PgBouncer
 from proxy import Proxy
 
-from todo_db import Database, Settings
+from todo_db import Database, Settings, embedded
 from todo_db.embedded import LOGIN, OWNER, EmbeddedPostgres, folder_in_memory
 from todo_db.logins import create_login
 
@@ -37,10 +38,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="Run what asks for a URL through the PgBouncer of this Debian release.",
     )
     parser.addoption(
+        "--postgres",
+        type=int,
+        choices=OTHER_VERSIONS,
+        help="Run what asks for a URL on this version of PostgreSQL.",
+    )
+    parser.addoption(
         "--one-trip",
         action="store_true",
         help="Run single calls under the recommended login in one round trip, not in three.",
     )
+
+
+class _ReachableDirectory(TemporaryDirectory[str]):
+    """A folder that other users can enter: PostgreSQL 15 returns to its folder by a path."""
+
+    @override
+    def __enter__(self) -> str:
+        Path(self.name).chmod(0o711)
+        return super().__enter__()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    version = config.getoption("postgres")
+    if version is not None:
+        patch = pytest.MonkeyPatch()
+        patch.setattr(embedded, "_PROGRAMS", embeddable(version))
+        patch.setattr("todo_db.testing.TemporaryDirectory", _ReachableDirectory)
 
 
 def pytest_collection_finish() -> None:

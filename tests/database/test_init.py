@@ -10,7 +10,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 import pytest_asyncio
-from cluster import Cluster
+from cluster import OTHER_VERSIONS, Cluster
 
 from todo_db.migrations import upgrade
 
@@ -69,8 +69,7 @@ class Wrong(User):
 
 @pytest_asyncio.fixture(
     params=[
-        pytest.param(15, marks=pytest.mark.matrix),
-        pytest.param(16, marks=pytest.mark.matrix),
+        *(pytest.param(version, marks=pytest.mark.matrix) for version in OTHER_VERSIONS),
         18,
     ]
 )

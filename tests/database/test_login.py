@@ -14,7 +14,7 @@ from typing import Final
 import asyncpg
 import pytest
 import pytest_asyncio
-from cluster import Cluster
+from cluster import OTHER_VERSIONS, Cluster
 from driver import Connection
 from sqlalchemy import URL, make_url
 from texts import texts_of
@@ -260,7 +260,7 @@ class TestCreateLogin:
         assert made.database == "todo"
 
     @pytest.mark.matrix
-    @pytest.mark.parametrize("version", [15, 16])
+    @pytest.mark.parametrize("version", OTHER_VERSIONS)
     async def test_calls_take_one_round_trip_on_other_versions(
         self,
         todo_postgres: EmbeddedPostgres,  # noqa: ARG002  # makes the wheel's files readable for all

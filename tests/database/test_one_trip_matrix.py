@@ -23,7 +23,7 @@ import asyncpg
 import pytest
 import pytest_asyncio
 from cases import FINGERPRINT, KEY, NOTHING, Case, Outcome, cases, newest_id, outcome_of, rows_of
-from cluster import Cluster
+from cluster import OTHER_VERSIONS, Cluster
 from driver import Connection
 from pgbouncer import PASSWORD, TRIXIE, PgBouncer
 from shapes import TASK_CHANGES, USER_CHANGES
@@ -49,7 +49,7 @@ from todo_db.repositories.statements import OWNER, Compiled, _compiled
 
 pytestmark = pytest.mark.matrix
 
-VERSIONS: Final = (15, 16, 18)
+VERSIONS: Final = (*OTHER_VERSIONS, 18)
 LOGIN: Final = "todo_login"
 VICTIM, ATTACKER, STRANGER = "alice", "mallory", "carol"
 COMBINATIONS: Final = 132

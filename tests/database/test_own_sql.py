@@ -14,7 +14,7 @@ import asyncpg
 import labels
 import pytest
 import pytest_asyncio
-from cluster import Cluster
+from cluster import OTHER_VERSIONS, Cluster
 from driver import Connection
 from pgbouncer import PASSWORD, TRIXIE, PgBouncer
 from proxy import Proxy
@@ -763,8 +763,7 @@ async def one(place: Place) -> AsyncGenerator[Database]:
 KINDS: Final = (
     "direct",
     pytest.param("pooler", marks=pytest.mark.pooler),
-    pytest.param(15, marks=pytest.mark.matrix),
-    pytest.param(16, marks=pytest.mark.matrix),
+    *(pytest.param(version, marks=pytest.mark.matrix) for version in OTHER_VERSIONS),
 )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import httpx
-from cache import ROOT, locked
+from cache import ROOT, locked, npm_installed
 from driver import Connection
 
 PASSWORD: Final = "correct horse battery"  # noqa: S105  # of accounts that these tests make
@@ -29,18 +29,8 @@ OLDEST: Final = "1.3.0"
 
 def installed(version: str) -> Path:
     """Return a folder with a version and the example's server, installing it on first use."""
-    packages = _PACKAGES | {"better-auth": version}
-    wanted = json.dumps({"private": True, "type": "module", "dependencies": packages})
     with locked(f"better-auth-{version}") as folder:
-        complete = folder / "complete"
-        if not complete.exists() or complete.read_text() != wanted:
-            (folder / "package.json").write_text(wanted)
-            subprocess.run(
-                ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"],
-                check=True,
-                cwd=folder,
-            )
-            complete.write_text(wanted)
+        npm_installed(folder, _PACKAGES | {"better-auth": version})
         for name, source in _files(version).items():
             target = folder / name
             # A server of another process may be reading it.

