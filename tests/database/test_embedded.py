@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
@@ -14,6 +15,10 @@ import pytest
 from todo_db import ConfigurationError
 from todo_db.embedded import DATABASE, LOGIN, OWNER, EmbeddedPostgres
 from todo_db.server import Server, _account
+
+needs_root: Final = pytest.mark.skipif(
+    os.geteuid() != 0, reason="another user is needed, and only root can become one, as CI is"
+)
 
 # Longer than the path of a socket may be.
 LONG: Final = "x" * 120
@@ -192,6 +197,7 @@ class TestStart:
             assert stranger.poll() is None
             stranger.kill()
 
+    @needs_root
     async def test_program_it_cannot_reach_is_copied(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -270,6 +276,11 @@ def stopped_by_a_child(server: EmbeddedPostgres) -> int:
     return os.waitpid(child, 0)[1]
 
 
+# nobody, who may read root's Python.
+AS_NOBODY: Final = (
+    *("setpriv", "--reuid=nobody", "--clear-groups"),
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+)
 # Uses the server until its standard input is closed.
 _USER: Final = """
 import sys, pathlib
@@ -419,6 +430,7 @@ class TestStop:
 
 
 class TestPrivacy:
+    @needs_root
     async def test_C3_no_other_system_user_can_connect(self, folder: Path) -> None:
         opened(folder)
         with EmbeddedPostgres(folder / "pg") as server:
@@ -435,12 +447,21 @@ class TestPrivacy:
             pass
         assert [path.stat().st_mode & 0o777 for path in (private, private / "pg")] == [0o700] * 2
 
+    @needs_root
+    def test_user_who_is_not_root_has_one(self, folder: Path) -> None:
+        shutil.chown(folder, "nobody")
+        command = (*AS_NOBODY, sys.executable, "-c", _USER, folder / "pg")
+        done = subprocess.run(command, check=False, input="", capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "ready\n", "")
+        assert {path.owner() for path in (folder / "pg").iterdir()} == {"nobody"}
+
     def test_without_root_it_runs_as_the_user_of_the_program(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("todo_db.server.os.geteuid", lambda: 1_000)
         assert _account() is None
 
+    @needs_root
     def test_says_so_when_its_user_cannot_be_made(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
