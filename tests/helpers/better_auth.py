@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import httpx
-from cache import ROOT, locked, npm_installed
+from cache import ROOT, packages
 from driver import Connection
 
 PASSWORD: Final = "correct horse battery"  # noqa: S105  # of accounts that these tests make
@@ -29,8 +29,9 @@ OLDEST: Final = "1.3.0"
 
 def installed(version: str) -> Path:
     """Return a folder with a version and the example's server, installing it on first use."""
-    with locked(f"better-auth-{version}") as folder:
-        npm_installed(folder, _PACKAGES | {"better-auth": version})
+    wanted = {"better-auth": version}
+    package = {"private": True, "type": "module", "dependencies": _PACKAGES | wanted}
+    with packages(f"better-auth-{version}", json.dumps(package)) as folder:
         for name, source in _files(version).items():
             target = folder / name
             # A server of another process may be reading it.
@@ -160,9 +161,11 @@ class BetterAuth:
 
 
 @asynccontextmanager
-async def todo_api(database_url: str, auth_url: str) -> AsyncGenerator[httpx.AsyncClient]:
+async def todo_api(
+    database_url: str, auth_url: str, *, port: int | None = None
+) -> AsyncGenerator[httpx.AsyncClient]:
     """Run the FastAPI example in another process; yield a client that stores no cookies."""
-    port = free_port()
+    port = port or free_port()
     process = subprocess.Popen(  # noqa: ASYNC220  # it ends at once
         [
             *(sys.executable, "-m", "uvicorn", "fastapi_app:app", "--app-dir", _EXAMPLE.parent),

