@@ -52,7 +52,7 @@ async def serving(folder: Path, database_url: str, url: str, api_url: str) -> As
         },
     )
     try:
-        async with asyncio.timeout(30), httpx.AsyncClient(trust_env=False) as client:
+        async with asyncio.timeout(60), httpx.AsyncClient(timeout=60, trust_env=False) as client:
             while True:
                 try:
                     assert (await client.get(f"{url}/api/auth/ok")).json() == {"ok": True}
