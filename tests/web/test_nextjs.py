@@ -178,7 +178,7 @@ class TestServerAction:
     async def test_creates_a_task_of_its_user(
         self, alice: httpx.AsyncClient, bob: httpx.AsyncClient
     ) -> None:
-        assert await add(alice, "hers") == 200
+        assert await add(alice, "hers") == 303
         assert (await shown(alice), await shown(bob)) == (["hers"], [])
 
     async def test_refuses_another_page(self, alice: httpx.AsyncClient) -> None:
@@ -226,6 +226,10 @@ class TestBrowser:
             await press(page, "Done")
             await expect(page.get_by_role("listitem")).to_have_text("hers ✓")
             assert (await alice.get("/api/tasks")).json()["items"][0]["completed"]
+
+            await page.get_by_label("New task").fill("hers as well")
+            await page.get_by_role("button", name="Add").click()
+            await expect(page.get_by_role("listitem")).to_have_text(["hers as well Done", "hers ✓"])
 
             await press(page, "Sign out")
             await page.wait_for_url(f"{address}/")

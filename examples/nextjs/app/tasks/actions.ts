@@ -1,6 +1,6 @@
 "use server";
 
-import { refresh } from "next/cache";
+import { redirect } from "next/navigation";
 
 import { api } from "../../lib/api";
 
@@ -11,5 +11,6 @@ export async function add(form: FormData) {
     body: JSON.stringify({ title: form.get("title") }),
   });
   if (!answer.ok) throw new Error(`FastAPI answered ${answer.status}`);
-  refresh();
+  // Not refresh(): before React has taken over the form, the answer would be an empty page.
+  redirect("/tasks");
 }

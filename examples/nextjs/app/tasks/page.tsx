@@ -25,7 +25,7 @@ export default function Page() {
   return (
     <main>
       <form action={add}>
-        <input name="title" aria-label="New task" />
+        <input name="title" aria-label="New task" required />
         <button>Add</button>
       </form>
       <Suspense fallback={<p>Loading</p>}>
