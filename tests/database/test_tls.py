@@ -18,6 +18,7 @@ import pytest
 import pytest_asyncio
 from certificates import Certificate
 from cluster import Cluster
+from ports import free_port
 from proxy import until
 from sqlalchemy import text
 from typer.testing import CliRunner, Result
@@ -187,7 +188,7 @@ class Server(Cluster):
 
     async def alone(self) -> None:
         """Wait until the server has ended the connections of the test before."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while await self.encrypted():  # noqa: ASYNC110  # nothing sets an event
                 await asyncio.sleep(0.01)
 
@@ -212,9 +213,7 @@ async def server(
     authority: Certificate,
     todo_postgres: EmbeddedPostgres,  # noqa: ARG001  # makes the user that a server runs as
 ) -> AsyncGenerator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
+    port = free_port()
     with TemporaryDirectory(prefix="todo-db-") as folder:
         authorities = {"ours": authority, "theirs": Certificate.authority("theirs")}
         with Server(port, Path(folder), authorities) as server:
@@ -249,7 +248,7 @@ def _nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def refused(url: str, **settings: object) -> TodoDBError:
     """Return the error that opening a database ends with, soon."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(15):
         with pytest.raises(TodoDBError) as caught:
             await Database.from_url(url, **settings).open()
     assert caught.value.__cause__ is caught.value.__context__ is None
@@ -296,6 +295,7 @@ class TestVerified:
         async with Between(server.port) as between:
             url = server.tls_url("verify-full", port=between.port, user=OWNER, database="fresh")
             await upgrade(url)
+            await server.alone()
             engine = create_direct_engine(url, Settings())
             async with engine.connect() as connection:
                 assert await server.encrypted() == [True]
@@ -334,8 +334,8 @@ class TestVerified:
             url = server.tls_url("verify-full", port=between.port, connect_timeout="5")
             async with Database.from_url(url, retry_attempts=1) as db:
                 with pytest.raises(TimeoutError):
-                    async with asyncio.timeout(0.1), db.transaction("alice") as tx:
-                        await tx.execute(text("SELECT pg_sleep(5)"))
+                    async with asyncio.timeout(0.5), db.transaction("alice") as tx:
+                        await tx.execute(text("SELECT pg_sleep(4)"))
                 assert (await db.health()).ok
             await until(lambda: len(between.links) > 1)
             await until(lambda: all(map(is_encrypted, between.links)))

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
@@ -15,6 +14,7 @@ from typing import Any, Final, Self
 import httpx
 from cache import ROOT, packages
 from driver import Connection
+from ports import free_port
 
 PASSWORD: Final = "correct horse battery"  # noqa: S105  # of accounts that these tests make
 _EXAMPLE: Final = ROOT / "examples" / "fullstack"
@@ -49,11 +49,6 @@ def _files(version: str) -> dict[str, Path]:
     if version != NEWEST:
         files |= {"auth-of-new.mjs": files["auth.mjs"], "auth.mjs": files["auth-of-old.mjs"]}
     return files
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 class BetterAuth:
@@ -108,7 +103,7 @@ class BetterAuth:
             text=True,
         )
         assert self._process.stdout is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             line = await asyncio.to_thread(self._process.stdout.readline)
         if not line.startswith("Listening on "):
             self._stop()
@@ -129,7 +124,7 @@ class BetterAuth:
         browser = httpx.AsyncClient(
             base_url=self.url,
             headers={"origin": "/".join(self.public_url.split("/")[:3])},
-            timeout=30,
+            timeout=60,
             trust_env=False,
         )
         self._browsers.append(browser)
@@ -180,9 +175,11 @@ async def todo_api(
     )
     try:
         async with (
-            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client,
+            httpx.AsyncClient(
+                base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=30
+            ) as client,
         ):
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 while True:
                     try:
                         assert (await client.get("/health")).json()["ok"]

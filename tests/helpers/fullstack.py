@@ -30,6 +30,9 @@ EXAMPLE: Final = ROOT / "examples" / "fullstack"
 START: Final = EXAMPLE / "start.py"
 SCREENSHOTS: Final = os.environ.get("TODO_SCREENSHOTS")
 """A folder. If it is set, every state of the page is stored there."""
+# Of a slow machine. Whatever is waited for comes much sooner.
+_PATIENCE_MS: Final = 30_000
+expect.set_options(timeout=_PATIENCE_MS)
 _AXE: Final = EXAMPLE / "node_modules" / "axe-core" / "axe.min.js"
 _CHROMIUM: Final = (
     "--no-sandbox",
@@ -63,7 +66,7 @@ def visitor(address: str, cookies: httpx.Cookies | None = None) -> httpx.AsyncCl
     """Return a browser without a page."""
     headers = {"origin": address}
     return httpx.AsyncClient(
-        base_url=address, headers=headers, cookies=cookies, trust_env=False, timeout=30
+        base_url=address, headers=headers, cookies=cookies, trust_env=False, timeout=60
     )
 
 
@@ -140,7 +143,7 @@ class Person:
     async def open(self, path: str = "") -> None:
         """Open the page in a new tab."""
         self.page = await self._preamble.new_page()
-        self.page.set_default_timeout(10_000)
+        self.page.set_default_timeout(_PATIENCE_MS)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", self._hear)
         await self.page.goto(f"{self.address}{path}")

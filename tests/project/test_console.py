@@ -9,9 +9,9 @@ from typing import Any, Final
 
 import httpx
 import pytest
-from better_auth import free_port
 from cache import ROOT
 from pages import blocks, commands, tracked
+from ports import free_port
 from terminal import Terminal
 
 URL: Final = r"^DATABASE_URL=(.+)$"

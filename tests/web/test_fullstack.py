@@ -13,11 +13,12 @@ import asyncpg
 import httpx
 import pytest
 import pytest_asyncio
-from better_auth import PASSWORD, ask, free_port, tables_that_name
+from better_auth import PASSWORD, ask, tables_that_name
 from cache import ROOT
 from driver import Connection
 from fullstack import EXAMPLE, Person, chromium_browser, started, visitor
 from playwright.async_api import Browser, Route, expect
+from ports import free_port
 
 from todo_db.embedded import EmbeddedPostgres
 
@@ -436,7 +437,7 @@ class TestLoading:
         await alice.page.route("**/api/me", freeze)
         await alice.page.reload()
         await expect(alice.page.get_by_text("Loading…")).to_be_visible()
-        await expect(alice.alert).to_contain_text("did not answer in time", timeout=15_000)
+        await expect(alice.alert).to_contain_text("did not answer in time")
         await alice.page.unroute("**/api/me")
         await alice.press("Try again")
         await expect(alice.page.locator("#empty")).to_be_visible()
@@ -467,7 +468,8 @@ class TestLoading:
         await alice.press("Add")
         await expect(alice.news).to_have_text("The server is busy. Trying again…")
         await expect(alice.titles).to_have_text(["Buy milk"])
-        assert [round(b - a) for a, b in pairwise(times)] == [1, 1]
+        # A second each, and what the machine adds.
+        assert all(0.9 < b - a < 10 for a, b in pairwise(times))
 
     async def test_says_that_a_server_stays_busy(self, alice: Person) -> None:
         count = 0
@@ -680,7 +682,7 @@ class TestDeleting:
     async def test_is_sent_after_six_seconds(self, alice: Person) -> None:
         await alice.create("Buy milk", "Water the plants")
         await alice.press("Delete: Water the plants")
-        await alice.page.wait_for_timeout(4_000)
+        await alice.page.wait_for_timeout(3_000)
         assert set(await alice.stored()) == {"Buy milk", "Water the plants"}
         await expect(alice.news).to_have_text("Deleted “Water the plants”.")
         assert set(await alice.stored()) == {"Buy milk"}
@@ -738,7 +740,7 @@ class TestDeleting:
         await alice.page.route(path, lambda route: route.abort(), times=1)
         await alice.press("Delete: Buy milk")
         row = alice.page.locator("#list li", has=alice.page.locator(".title"))
-        await expect(row.get_by_role("alert")).to_contain_text("reached", timeout=10_000)
+        await expect(row.get_by_role("alert")).to_contain_text("reached")
         await expect(alice.titles).to_have_text(["Buy milk"])
 
     async def test_asks_before_it_deletes_many(self, alice: Person) -> None:
