@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,8 @@ pytest_plugins = ["todo_db.testing"]
 
 # Without a cache, each program that a test starts would compile its imports again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# A shell ignores Ctrl-C for what it starts in the background; programs of tests would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=[LOGIN, OWNER])
