@@ -344,7 +344,7 @@ class TestConnectingAgain:
 
     async def test_until_its_time_is_up(self, proxy: Proxy) -> None:
         proxy.break_at(STARTUP, Fault.CUT_BEFORE, times=99)
-        pool = Pool(settings(proxy.url, connect_retry_seconds=0.5))
+        pool = Pool(settings(proxy.url, connect_retry_seconds=1.5))
         with pytest.raises(UnavailableError) as caught:
             await pool.acquire()
         assert not caught.value.transient
@@ -354,8 +354,8 @@ class TestConnectingAgain:
 
     async def test_A10_attempt_under_way_ends_when_its_time_is_up(self, proxy: Proxy) -> None:
         proxy.break_at(STARTUP, Fault.HANG)
-        pool = Pool(settings(proxy.url, connect_retry_seconds=0.2))
-        async with asyncio.timeout(5):
+        pool = Pool(settings(proxy.url, connect_retry_seconds=1))
+        async with asyncio.timeout(30):
             with pytest.raises(UnavailableError):
                 await pool.acquire()
         assert proxy.connections == 1
@@ -363,7 +363,7 @@ class TestConnectingAgain:
 
     async def test_used_up_time_is_not_used_again_by_the_call(self, proxy: Proxy) -> None:
         proxy.break_at(STARTUP, Fault.HANG, times=99)
-        database = Database.from_url(proxy.url, connect_retry_seconds=0.2)
+        database = Database.from_url(proxy.url, connect_retry_seconds=1)
         with pytest.raises(UnavailableError):
             await database.open()
         assert proxy.connections == 1
@@ -425,7 +425,7 @@ class TestLongIdle:
     ) -> None:
         pool, proxy = rested
         proxy.break_at(b"SELECT 1", Fault.HANG)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             connection = await pool.acquire()
         # The driver asks the server, over one more, to stop what takes so long.
         assert proxy.connections == 2 + 1 + 1
@@ -576,7 +576,7 @@ class TestClose:
         for connection in connections:
             pool.release(connection)
         proxy.break_at(TERMINATE, Fault.HANG, times=2)
-        async with asyncio.timeout(4):
+        async with asyncio.timeout(30):
             await pool.close()
         assert all(connection.driver.is_closed() for connection in connections)
 

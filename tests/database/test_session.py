@@ -195,7 +195,7 @@ class TestStream:
                 await tx.tasks.create("alice", "lost")
                 streamed = await tx.session().stream(
                     text(
-                        "SELECT pg_sleep(CASE n WHEN 60 THEN 0.2 ELSE 0 END) AS x"
+                        "SELECT pg_sleep(CASE n WHEN 60 THEN 1 ELSE 0 END) AS x"
                         " FROM generate_series(1, 100) n"
                     )
                 )
@@ -844,7 +844,7 @@ class TestConcurrentUse:
                 session = tx.session()
                 session.add(Label(name="lost"))
                 await session.flush()
-                slow = asyncio.ensure_future(session.execute(text("SELECT pg_sleep(0.2)")))
+                slow = asyncio.ensure_future(session.execute(text("SELECT pg_sleep(1)")))
                 await asyncio.sleep(0.05)
                 with pytest.raises((ConcurrentUseError, SQLAlchemyError)):
                     await use(session)

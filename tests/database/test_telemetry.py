@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
-from proxy import BEGIN, COMMIT, Fault, Proxy
+from proxy import BEGIN, COMMIT, Fault, Proxy, until
 from sqlalchemy import select, text
 
 from todo_db import (
@@ -366,6 +366,7 @@ class TestMetrics:
     async def test_wait_of_those_that_waited(self, proxied: Database, telemetry: Telemetry) -> None:
         async with proxied.transaction("alice"):
             counting = asyncio.create_task(proxied.tasks.count("alice"))
+            await until(lambda: proxied._pool.status.waiting == 1)
             await asyncio.sleep(0.1)
             used = telemetry.metrics()
         await counting

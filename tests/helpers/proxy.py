@@ -6,8 +6,8 @@ messages of these tests arrive in one chunk.
 
 import asyncio
 import tempfile
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
@@ -199,6 +199,22 @@ class Proxy:
 
 async def until(fact: Callable[[], bool]) -> None:
     """Wait until a condition becomes true, by polling."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not fact():  # noqa: ASYNC110  # nothing sets an event
             await asyncio.sleep(0.002)
+
+
+@asynccontextmanager
+async def timeout_after(fact: Awaitable[object]) -> AsyncGenerator[None]:
+    """Time the block out, as `asyncio.timeout` does, once this was waited for."""
+
+    async def expire() -> None:
+        await fact
+        limit.reschedule(asyncio.get_running_loop().time())
+
+    async with asyncio.timeout(None) as limit:
+        expiring = asyncio.create_task(expire())
+        try:
+            yield
+        finally:
+            expiring.cancel()

@@ -49,7 +49,7 @@ class TestLateStatement:
         await db.tasks.create("alice", "Buy milk")
         await _set_timeout(superuser, todo_database_name)
         async with Database.from_url(
-            proxy.url, pool_size=1, max_overflow=0, command_timeout_seconds=0.3
+            proxy.url, pool_size=1, max_overflow=0, command_timeout_seconds=1
         ) as hasty:
             await hasty.tasks.create("alice", "Buy bread")
             yield hasty

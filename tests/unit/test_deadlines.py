@@ -7,6 +7,7 @@ import weakref
 from typing import Any
 
 import pytest
+from proxy import until
 
 from todo_db.engine.deadlines import Deadlines
 
@@ -41,16 +42,15 @@ def _in(seconds: float) -> float:
 
 
 class TestAdd:
-    async def test_expires_each_at_its_own_time(
-        self, deadlines: Deadlines[str], over: list[str]
-    ) -> None:
-        deadlines.add("later", _in(0.2))
-        deadlines.add("soon", _in(0.05))
-        deadlines.add("never", _in(60))
-        await asyncio.sleep(0.1)
-        assert over == ["soon"]
-        await asyncio.sleep(0.2)
-        assert over == ["soon", "later"]
+    async def test_expires_each_at_its_own_time(self) -> None:
+        over: dict[str, float] = {}
+        wanted = {"never": _in(60), "later": _in(0.2), "soon": _in(0.05)}
+        deadlines = Deadlines[str](lambda item: over.update({item: _in(0)}))
+        for item, deadline in wanted.items():
+            deadlines.add(item, deadline)
+        await until(lambda: len(over) == 2)
+        assert over.keys() == {"soon", "later"}
+        assert all(moment >= wanted[item] for item, moment in over.items())
 
     async def test_sets_one_timer_for_those_of_one_length(
         self, deadlines: Deadlines[str], timers: list[float]
@@ -61,15 +61,22 @@ class TestAdd:
             deadlines.remove(f"statement {number}")
         assert timers == [first]
 
-    async def test_pauses_between_looks_at_many(
-        self, deadlines: Deadlines[str], over: list[str], timers: list[float]
-    ) -> None:
+    async def test_pauses_between_looks_at_many(self, timers: list[float]) -> None:
+        over: list[str] = []
+        ended = asyncio.Event()
+
+        def expire(item: str) -> None:
+            over.append(item)
+            if item == "second":
+                ended.set()
+
+        deadlines = Deadlines(expire)
         first = _in(0.05)
         for number in range(1000):
             deadlines.add(f"caller {number}", first + 60)
         deadlines.add("first", first)
         deadlines.add("second", first + 1e-6)
-        await asyncio.sleep(0.1)
+        await ended.wait()
         assert over == ["first", "second"]
         *_, second_look, third_look = timers
         assert second_look - first > 0.001
@@ -123,8 +130,7 @@ class TestAdd:
 
         kept = Deadlines(again)
         kept.add("caller", _in(0.02))
-        await asyncio.sleep(0.2)
-        assert len(times) == 3
+        await until(lambda: len(times) == 3)
 
 
 class TestRemove:

@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 from driver import Connection
 from labels import Label
-from proxy import COMMIT, ROLLBACK, Fault, Proxy, until
+from proxy import COMMIT, ROLLBACK, Fault, Proxy, timeout_after, until
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
@@ -586,11 +586,11 @@ class TestCancellation:
     async def _ends(db: Database, runs: Runs, started: asyncio.Event, *, by_timeout: bool) -> None:
         if by_timeout:
             with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.2):
+                async with timeout_after(started.wait()):
                     await db.run("alice", runs)
             return
         call = asyncio.create_task(db.run("alice", runs))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await started.wait()
             await asyncio.sleep(0.02)
             call.cancel()
@@ -623,12 +623,16 @@ class TestTimeoutInside:
         async def nothing(_tx: Transaction) -> None:
             pass
 
+        async def committed() -> None:
+            while await titles(owner) != ["lost"]:
+                pass
+
         async with Database.from_url(proxy.url, pool_size=1, max_overflow=0) as patient:
             await patient.tasks.count("alice")
             proxy.break_at(COMMIT, Fault.SWALLOW)
             runs = Runs(nothing)
             with pytest.raises(TimeoutError):
-                async with asyncio.timeout(0.3):
+                async with timeout_after(committed()):
                     await patient.run("alice", runs)
             assert runs.count == 1
         assert await titles(owner) == ["lost"]
