@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 from cluster import Cluster
 from pgbouncer import TRIXIE, PgBouncer
-from place import BOUND, WAITING, Place, assert_healthy, still_waiting
+from place import ASLEEP, BOUND, WAITING, Place, assert_healthy, still_waiting
 from proxy import Fault, Proxy, Sender, until
 
 from todo_db import (
@@ -601,7 +601,7 @@ class TestIdle:
 
 
 class TestServer:
-    """The server ends a session in which a change waits for a lock."""
+    """The server ends a session in which a change waits."""
 
     async def test_terminated_is_not_applied_and_tried_again(
         self, db: Database, once: Database, place: Place
@@ -622,14 +622,14 @@ class TestServer:
     async def test_fast_shutdown_is_not_applied_and_waited_for(
         self, db: Database, once: Database, place: Place
     ) -> None:
-        async with place.locked_rows():
-            lost = asyncio.create_task(once.tasks.create("alice", "lost"))
-            patient = asyncio.create_task(db.tasks.create("alice", "patient"))
-            await place.until_backends(2, WAITING)
-            await asyncio.to_thread(place.server.stop, "fast")
-            async with asyncio.timeout(BOUND):
-                with pytest.raises(UnavailableError):
-                    await lost
+        await place.make_inserts_wait()
+        lost = asyncio.create_task(once.tasks.create("alice", "lost"))
+        patient = asyncio.create_task(db.tasks.create("alice", "patient"))
+        await place.until_backends(2, ASLEEP)
+        await asyncio.to_thread(place.server.stop, "fast")
+        async with asyncio.timeout(BOUND):
+            with pytest.raises(UnavailableError):
+                await lost
         await asyncio.to_thread(place.server.start)
         async with asyncio.timeout(BOUND):
             await patient
@@ -688,27 +688,13 @@ class TestServer:
         self, db: Database, place: Place
     ) -> None:
         """57P01 is also the code of a warning: the session ends, and the change was stored."""
-        await place.execute(
-            "ALTER SYSTEM SET synchronous_standby_names = 'missing'", "SELECT pg_reload_conf()"
-        )
-        try:
-            stored = 0
-            while True:
-                call = asyncio.create_task(db.tasks.create("alice", "stored"))
-                stored += 1
-                # The server applies changed settings with a delay.
-                if not (await asyncio.wait({call}, timeout=0.5))[0]:
-                    break
+        async with place.without_its_standby(db) as calls:
             (pid,) = await place.until_backends(1, "wait_event = 'SyncRep'")
             await place.terminate(pid)
             async with asyncio.timeout(BOUND):
                 with pytest.raises(OutcomeUnknownError):
-                    await call
-        finally:
-            await place.execute(
-                "ALTER SYSTEM RESET synchronous_standby_names", "SELECT pg_reload_conf()"
-            )
-        assert await place.titles() == ["stored"] * stored
+                    await calls[-1]
+        assert await place.titles() == ["stored"] * len(calls)
         await assert_healthy(db)
 
     async def test_standby_and_read_only_sessions_are_unavailable(self, place: Place) -> None:

@@ -14,6 +14,7 @@ from todo_db import Database
 BOUND: Final = 30
 """Seconds, for what must not take for ever; most of it takes less than one."""
 WAITING: Final = "wait_event_type = 'Lock'"
+ASLEEP: Final = "wait_event = 'PgSleep'"
 
 
 class Place:
@@ -67,6 +68,45 @@ class Place:
                 "BEGIN; SELECT FROM users FOR UPDATE; SELECT FROM tasks FOR UPDATE"
             )
             yield connection
+
+    async def make_inserts_wait(self) -> None:
+        """Have every insert of a task wait until the server is started again.
+
+        A lock would not do: a server that stops ends the session with the lock first, and what
+        waits for it may be done before the server gets to it.
+        """
+        async with self.superuser() as connection:
+            started = await connection.fetchval("SELECT pg_postmaster_start_time()")
+            await connection.execute(f"""
+                CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                    IF pg_postmaster_start_time() = '{started}' THEN PERFORM pg_sleep(4); END IF;
+                    RETURN NEW;
+                END $$;
+                CREATE TRIGGER wait BEFORE INSERT ON tasks FOR EACH ROW EXECUTE FUNCTION wait()
+            """)
+
+    @asynccontextmanager
+    async def without_its_standby(self, db: Database) -> AsyncGenerator[list[asyncio.Task[object]]]:
+        """Create tasks until the commit of one waits for a standby that does not exist.
+
+        Its change is stored by then. Yield the calls; the last one is that which waits.
+        """
+        calls: list[asyncio.Task[object]] = []
+        await self.execute(
+            "ALTER SYSTEM SET synchronous_standby_names = 'missing'", "SELECT pg_reload_conf()"
+        )
+        try:
+            waits = asyncio.create_task(self.until_backends(1, "wait_event = 'SyncRep'"))
+            # A session applies changed settings with a delay.
+            while not waits.done():
+                calls.append(asyncio.create_task(db.tasks.create("alice", "stored")))
+                await asyncio.wait({calls[-1], waits}, return_when=asyncio.FIRST_COMPLETED)
+            await waits
+            yield calls
+        finally:
+            await self.execute(
+                "ALTER SYSTEM RESET synchronous_standby_names", "SELECT pg_reload_conf()"
+            )
 
     async def until_backends(self, number: int, condition: str) -> list[int]:
         """Wait until this number of the applications' backends matches; return their pids."""
