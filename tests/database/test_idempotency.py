@@ -38,7 +38,7 @@ type Asked = tuple[str, list[NewTask]]
 type Keyed = Callable[[Database | Transaction, str], Awaitable[Answer]]
 
 VICTIM: Final = Victim([], {})
-PATIENCE: Final = 30
+PATIENCE: Final = 60
 
 # Both methods that take a key, as calls of alice with that key.
 METHODS: Final[dict[str, tuple[int, Keyed]]] = {

@@ -31,7 +31,7 @@ from todo_db import (
 from todo_db.repositories import tasks
 
 MISSING = 2**62
-PATIENCE = 20
+PATIENCE = 60
 
 ORDERS: dict[TaskSort, Callable[[TaskRecord], Any]] = {
     TaskSort.NEWEST: lambda task: -task.id,
@@ -547,7 +547,9 @@ class TestBulkLocks:
     async def test_K4b_never_deadlock(self, url: str, db: Database, owner: Connection) -> None:
         await store_in_reverse(owner, "alice", 200, completed=0)
         up = list(range(1, 201))
-        async with Database.from_url(url, retry_attempts=1) as once:
+        async with Database.from_url(
+            url, retry_attempts=1, lock_timeout_seconds=60, statement_timeout_seconds=60
+        ) as once:
 
             async def change(n: int) -> None:
                 # Few ids use the index and many a scan, which read the rows in opposite orders.

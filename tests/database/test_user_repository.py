@@ -27,7 +27,7 @@ from todo_db import (
 from todo_db.models import User
 from todo_db.repositories import Operation
 
-PATIENCE = 20
+PATIENCE = 60
 
 
 async def stored(owner: Connection) -> list[UserRecord]:

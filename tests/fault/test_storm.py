@@ -181,7 +181,7 @@ class TestRestarts:
         self, db: Database, server: Cluster
     ) -> None:
         writers = Writers(db)
-        async with asyncio.timeout(110), asyncio.TaskGroup() as group:
+        async with asyncio.timeout(600), asyncio.TaskGroup() as group:
             for number in range(WRITERS):
                 user = USERS[number % len(USERS)]
                 group.create_task(writers.unkeyed(user, number))

@@ -109,7 +109,7 @@ class PgBouncer:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while True:
                 try:
                     await self.console("SHOW VERSION")
@@ -131,7 +131,7 @@ class PgBouncer:
         """Ask it to shut down; it lets its clients finish, and accepts no new ones."""
         assert self._process is not None
         self._process.terminate()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while (self._folder / _SOCKET).exists():  # noqa: ASYNC110  # nothing sets an event
                 await asyncio.sleep(0.005)
 

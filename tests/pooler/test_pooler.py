@@ -203,7 +203,7 @@ class Watcher:
 
     async def until(self, number: int, condition: str) -> None:
         """Wait until this number of the application's backends matches."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while number != await self._connection.fetchval(  # noqa: ASYNC110  # nothing sets an event
                 "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
                 f" AND usename IN ('{LOGIN}', '{OWNER}') AND {condition}"
@@ -466,7 +466,7 @@ class TestConnecting:
         self, pooler: PgBouncer, todo_database_name: str, login: str
     ) -> None:
         url = pooler.url(login, todo_database_name, password="wrong")  # noqa: S106  # it is
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(10):
             with pytest.raises(ConfigurationError):
                 await Database.from_url(url).open()
 
