@@ -125,7 +125,7 @@ class TestSleepingCompute:
     @pytest.mark.parametrize("text", ASLEEP)
     async def test_E5_is_unavailable_when_its_time_is_up(self, url: str, text: str) -> None:
         async with Refusing(url, text, times=999) as proxy:
-            database = Database.from_url(proxy.url, connect_retry_seconds=0.5)
+            database = Database.from_url(proxy.url, connect_retry_seconds=1.5)
             with pytest.raises(UnavailableError) as failure:
                 await database.open()
             assert proxy.connections > 1

@@ -242,7 +242,7 @@ class TestRole:
         assert granted == 0
         logins = await superuser.fetch(
             "SELECT DISTINCT usename FROM pg_stat_activity WHERE datname = current_database()"
-            " AND pid <> pg_backend_pid()"
+            " AND pid <> pg_backend_pid() AND backend_type = 'client backend'"
         )
         assert [row[0] for row in logins] == [AUTH]
 
