@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 from cluster import OTHER_VERSIONS, SINGLE, embeddable
 from driver import Connection
+from hypothesis import HealthCheck, settings
 from pgbouncer import BOOKWORM, PASSWORD, TRIXIE, PgBouncer
 from proxy import Proxy
 
@@ -26,6 +27,15 @@ pytest_plugins = ["todo_db.testing"]
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # A shell ignores Ctrl-C for what it starts in the background; programs of tests would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# The same examples in every run. How long one takes says more of the machine than of the package.
+settings.register_profile(
+    "any machine",
+    database=None,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(params=[LOGIN, OWNER])

@@ -9,7 +9,7 @@ import keys
 import pytest
 from attacks import Victim
 from driver import Connection
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from keys import ASKED, outcome, stored
 from locks import until_waiting
@@ -184,14 +184,12 @@ class TestFingerprint:
     def test_differs_with(self, one: Asked, other: Asked) -> None:
         assert fingerprint(one[0], *one[1]) != fingerprint(other[0], *other[1])
 
-    @settings(deadline=None, database=None)
     @given(calls, calls)
     @example(("create", [NewTask("a")]), ("create", [NewTask("a")]))
     def test_is_the_same_for_the_same_call_alone(self, one: Asked, other: Asked) -> None:
         same = fingerprint(one[0], *one[1]) == fingerprint(other[0], *other[1])
         assert same == (one == other)
 
-    @settings(deadline=None, database=None)
     @given(new_tasks, new_tasks, new_tasks)
     def test_separates_the_tasks(
         self, first: list[NewTask], second: list[NewTask], third: list[NewTask]

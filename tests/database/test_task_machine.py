@@ -37,9 +37,6 @@ USERS = ("alice", "bob", "mallory")
 PROFILE = settings(
     max_examples=40,
     stateful_step_count=25,
-    derandomize=True,
-    database=None,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 

@@ -563,8 +563,6 @@ class TestDatabase:
 
     @settings(
         max_examples=60,
-        deadline=None,
-        database=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
     @given(titles=st.lists(st.text(min_size=1, max_size=200), min_size=1, max_size=30))

@@ -58,7 +58,7 @@ from todo_db.keys import TableKeys
 WORLD: Final = "todo_credentials"
 _ACCEPTED: Final = sorted(accepted(Issued()))
 _REFUSED: Final = sorted(refused(Issued()))
-_EXAMPLES: Final = settings(max_examples=100, deadline=None, database=None)
+_EXAMPLES: Final = settings(max_examples=100)
 
 
 def set_up(url: str = URL, secret: str = SECRET, **others: Any) -> Settings:  # noqa: ANN401

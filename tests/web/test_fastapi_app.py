@@ -428,9 +428,7 @@ def _examine(
     seen = set[int]()
     known = {"task_id": task_id} if "{task_id}" in operation.path else None
 
-    @settings(
-        max_examples=50, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=50, suppress_health_check=list(HealthCheck))
     @given(
         case=st.one_of(
             operation.as_strategy(),
