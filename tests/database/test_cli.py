@@ -638,7 +638,7 @@ class TestPsqlWithTls:
             assert running.stdout.readline() == "ready\n"
             # A terminal sends it to every process of the group.
             os.killpg(running.pid, signal.SIGINT)
-            assert running.wait(30) == 5
+            assert running.wait(120) == 5
 
     def test_says_so_where_there_is_none(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -716,7 +716,7 @@ class TestServe:
             assert serving.stdout.readline().startswith("DATABASE_URL=postgresql://")
             assert (folder / ".todo-db" / "data" / "postmaster.pid").exists()
             serving.send_signal(stop)
-            assert serving.wait(30) == 0
+            assert serving.wait(120) == 0
         assert not (folder / ".todo-db" / "data" / "postmaster.pid").exists()
 
 
@@ -749,7 +749,7 @@ class TestMain:
             assert running.stdout is not None
             assert running.stdout.readline() == "ready\n"
             running.send_signal(signal.SIGINT)
-            assert running.communicate(timeout=30) == ("", "")
+            assert running.communicate(timeout=120) == ("", "")
         assert running.returncode == 130
 
     @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])

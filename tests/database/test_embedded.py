@@ -240,7 +240,7 @@ def left_in(folder: Path) -> list[str]:
 
 def stops(folder: Path) -> bool:
     """Wait until its keeper has stopped a server; return whether it has."""
-    for _ in range(1_000):
+    for _ in range(6_000):
         server = Server(folder, folder)
         if not server._lives():
             break

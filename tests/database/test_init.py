@@ -91,7 +91,7 @@ async def run(folder: Path, url: str, *lines: str) -> tuple[int | None, str]:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         printed, _ = await process.communicate()
     return process.returncode, printed.decode()
 

@@ -90,7 +90,7 @@ class TestEndedLoop:
             asyncio.run(left_open(database))
             asyncio.run(database.close())
 
-        thread.submit(run).result(30)
+        thread.submit(run).result(120)
 
     def test_E8_it_can_be_closed_on_the_next_loop(
         self, thread: ThreadPoolExecutor, url: str
@@ -106,7 +106,7 @@ class TestEndedLoop:
             asyncio.run(closed(database))
             asyncio.run(_entered(database))
 
-        thread.submit(run).result(30)
+        thread.submit(run).result(120)
 
     def test_E8_opening_that_failed_is_tried_anew_on_the_next_loop(
         self, thread: ThreadPoolExecutor, url: str
@@ -122,7 +122,7 @@ class TestEndedLoop:
             for _ in range(2):
                 assert asyncio.run(failures(database)) == {ConfigurationError}
 
-        thread.submit(run).result(30)
+        thread.submit(run).result(120)
 
     def test_E8_one_that_was_closed_is_opened_by_many_callers_on_the_next_loop(
         self, thread: ThreadPoolExecutor, url: str
@@ -136,7 +136,7 @@ class TestEndedLoop:
             for _ in range(2):
                 asyncio.run(opened_and_closed(database))
 
-        thread.submit(run).result(30)
+        thread.submit(run).result(120)
 
     @pytest.mark.parametrize("then", ["nothing", "use", "close"])
     async def test_E8_nothing_is_printed_at_garbage_collection_and_its_connections_end(
@@ -148,14 +148,14 @@ class TestEndedLoop:
             check=False,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
         )
         assert other.stdout == "done\n", other.stderr
         said = [line for line in other.stderr.splitlines() if "ResourceWarning" not in line]
         assert [line for line in said if any(word in line for word in _COMPLAINTS)] == []
         if then != "nothing":
             assert "unclosed connection" not in other.stderr, "asyncpg was not told"
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while await superuser.fetchval(  # noqa: ASYNC110  # nothing sets an event
                 "SELECT count(*) FROM pg_stat_activity"
                 f" WHERE datname = current_database() AND usename = '{LOGIN}'"
@@ -231,11 +231,11 @@ class TestRunningLoop:
         class Slow(Database):
             async def _check(self) -> None:
                 opening.set()
-                await asyncio.to_thread(refused.wait, 20)
+                await asyncio.to_thread(refused.wait, 60)
                 await super()._check()
 
         def elsewhere() -> None:
-            opening.wait(20)
+            opening.wait(60)
             try:
                 asyncio.run(self._refused(database, Database.open))
                 asyncio.run(self._refused(database, Database.close))
@@ -245,8 +245,8 @@ class TestRunningLoop:
         database = Slow(Settings(database_url=url))
         with ThreadPoolExecutor(2) as threads:
             first = threads.submit(asyncio.run, _entered(database))
-            threads.submit(elsewhere).result(30)
-            first.result(30)
+            threads.submit(elsewhere).result(120)
+            first.result(120)
 
     async def test_E8_another_one_may_open_it_once_it_is_closed(
         self, thread: ThreadPoolExecutor, url: str

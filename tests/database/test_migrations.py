@@ -91,7 +91,7 @@ async def execute(url: str, statement: str) -> None:
 async def arrived(connection: Connection, count: int = 1) -> None:
     """Wait until this number of sessions waits for a lock."""
     waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while await connection.fetchval(waiting) != count:  # noqa: ASYNC110  # no event to wait for
             await asyncio.sleep(0.01)
 
@@ -105,7 +105,7 @@ async def alembic(url: str, *arguments: str, folder: Path = ROOT) -> tuple[int |
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         printed, _ = await process.communicate()
     return process.returncode, printed.decode()
 
@@ -142,7 +142,7 @@ class Deploy:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{' '.join(urls)}\n".encode())
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             return await self._process.stdout.readline() == b"done\n"
 
 

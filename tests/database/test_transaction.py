@@ -204,7 +204,7 @@ class TestBegin:
             proxy.url, pool_size=1, max_overflow=0, retry_attempts=1, command_timeout_seconds=1
         ) as db:
             proxy.break_at(BEGIN, Fault.HANG)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(20):
                 with pytest.raises(UnavailableError):
                     await db.tasks.count("alice")
             assert await db.tasks.count("alice") == 0
@@ -425,7 +425,7 @@ class TestLostConnection:
             proxy.url, pool_size=1, max_overflow=0, command_timeout_seconds=1
         ) as hasty:
             proxy.break_at(COMMIT, Fault.SWALLOW)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(20):
                 with pytest.raises(OutcomeUnknownError):
                     async with hasty.transaction("alice") as tx:
                         await tx.tasks.create("alice", "maybe")

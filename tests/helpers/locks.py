@@ -7,6 +7,6 @@ from driver import Connection
 
 async def until_waiting(owner: Connection) -> None:
     """Return when a backend waits for a lock that another one holds."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not await owner.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
             pass

@@ -44,12 +44,12 @@ async def server(app: FastAPI) -> AsyncGenerator[str]:
         listening.bind(("127.0.0.1", 0))
         host, port = listening.getsockname()
         serving = asyncio.create_task(running.serve([listening]))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not running.started:  # noqa: ASYNC110  # nothing sets an event
                 await asyncio.sleep(0.002)
         try:
             yield f"http://{host}:{port}"
         finally:
             running.should_exit = True
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await serving

@@ -273,7 +273,7 @@ class TestRepositories:
             stdout=asyncio.subprocess.PIPE,
         )
         assert other.stdout is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             assert await other.stdout.readline() == b"ready\n"
             created = 0
             while other.returncode is None and created < 60:

@@ -244,7 +244,7 @@ class Workers:
             stdout=asyncio.subprocess.PIPE,
             env=os.environ | {"PYTHONWARNINGS": "ignore"},
         )
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(600):
             output, _ = await process.communicate()
         assert process.returncode == 0
         return [json.loads(line) for line in output.decode().splitlines()]
@@ -362,7 +362,7 @@ class TestDoctor:
             stderr=asyncio.subprocess.STDOUT,
             env=os.environ | {"DATABASE_URL": url, "COLUMNS": "500", "PYTHONWARNINGS": "ignore"},
         )
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             output, _ = await doctor.communicate()
         return doctor.returncode, output.decode()
 
