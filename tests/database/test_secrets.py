@@ -565,12 +565,16 @@ class TestFaults:
                 await witness.failure(asyncio.CancelledError, cancelled)
         assert witness.leaks() == []
 
-    @pytest.mark.parametrize("which", ["lock_timeout_seconds", "statement_timeout_seconds"])
+    @pytest.mark.parametrize(
+        "hasty",
+        [{"lock_timeout_seconds": 0.1}, {"statement_timeout_seconds": 0.25}],
+        ids=["lock_timeout", "statement_timeout"],
+    )
     async def test_timeout(
-        self, db: Database, superuser: Connection, witness: Witness, which: str
+        self, db: Database, superuser: Connection, witness: Witness, hasty: dict[str, float]
     ) -> None:
         async with (
-            database_of(db, **NO_RETRIES, **{which: 0.1}) as impatient,
+            database_of(db, **NO_RETRIES, **hasty) as impatient,
             superuser.transaction(),
         ):
             await superuser.execute("LOCK TABLE users, tasks")

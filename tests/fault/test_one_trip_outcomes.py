@@ -745,7 +745,7 @@ class TestTimeout:
     @pytest_asyncio.fixture
     async def hasty(self, proxy: Proxy) -> AsyncGenerator[Database]:
         async with opened(
-            proxy.url, command_timeout_seconds=0.5, pool_size=2, max_overflow=0
+            proxy.url, command_timeout_seconds=1, pool_size=2, max_overflow=0
         ) as database:
             yield database
 
@@ -784,7 +784,7 @@ class TestTimeout:
         begun = time.monotonic()
         with pytest.raises(CallTimeoutError):
             await call
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 10
         assert proxy.pending == 9
         assert hasty._pool._failure is None
 

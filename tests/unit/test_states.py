@@ -530,7 +530,7 @@ class TestCancellation:
 
         runs = Runs(work)
         async with Database.from_url(
-            proxy.url, pool_size=1, max_overflow=0, command_timeout_seconds=0.3
+            proxy.url, pool_size=1, max_overflow=0, command_timeout_seconds=1
         ) as patient:
             await self._ends(patient, runs, started, by_timeout=False)
         assert runs.count == 1
