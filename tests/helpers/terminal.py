@@ -31,7 +31,7 @@ class Terminal:
     def __init__(self, folder: Path, programs: Path | None = None, **variables: str) -> None:
         self.folder = folder
         self._begin: list[str] = []
-        absent = {"DATABASE_URL", "DIRECT_DATABASE_URL", "VIRTUAL_ENV"}
+        absent = {"DATABASE_URL", "DIRECT_DATABASE_URL", "UV_PROJECT_ENVIRONMENT", "VIRTUAL_ENV"}
         self._environment = {
             name: value for name, value in os.environ.items() if name not in absent
         } | variables
