@@ -566,7 +566,7 @@ class TestRetries:
         self, db: Database, url: str, owner: Connection
     ) -> None:
         task = await db.tasks.create("alice", "locked")
-        async with Database.from_url(url, statement_timeout_seconds=0.5) as hasty:
+        async with Database.from_url(url, statement_timeout_seconds=1) as hasty:
             lock = owner.transaction()
             await lock.start()
             await owner.execute("UPDATE tasks SET title = 'mine' WHERE id = $1", task.id)

@@ -570,7 +570,7 @@ def _timeless(result: object) -> object:
 class TestSameAsThree:
     @pytest.mark.parametrize(
         "hasty",
-        [{"lock_timeout_seconds": 0.1}, {"statement_timeout_seconds": 0.5}],
+        [{"lock_timeout_seconds": 0.1}, {"statement_timeout_seconds": 1}],
         ids=["lock_timeout", "statement_timeout"],
     )
     async def test_results_and_errors_are_equal(

@@ -1156,7 +1156,7 @@ class TestRefusals:
     ) -> None:
         assert await with_labels.tasks.count("alice") == 0
         sql, expected, field = _REFUSED[refusal]
-        async with Database.from_url(url, retry_attempts=1, statement_timeout_seconds=0.5) as db:
+        async with Database.from_url(url, retry_attempts=1, statement_timeout_seconds=1) as db:
             with pytest.raises(TransactionAbortedError):
                 async with db.transaction("alice") as tx:
                     await tx.tasks.create("alice", "lost")

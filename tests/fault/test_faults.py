@@ -259,7 +259,7 @@ class TestDown:
         self, db: Database, url: str, place: Place, settings: dict[str, int]
     ) -> None:
         del settings
-        async with Database.from_url(url, retry_attempts=1, command_timeout_seconds=0.5) as hasty:
+        async with Database.from_url(url, retry_attempts=1, command_timeout_seconds=1) as hasty:
             place.server.stop("fast")
             for _ in range(3):
                 async with asyncio.timeout(BOUND):

@@ -811,7 +811,7 @@ class TestPgBouncer:
     async def test_server_that_is_down_is_not_applied_and_waited_for(
         self, db: Database, way: Callable[[str], str], place: Place
     ) -> None:
-        async with opened(way(SINGLE), retry_attempts=1, command_timeout_seconds=0.5) as hasty:
+        async with opened(way(SINGLE), retry_attempts=1, command_timeout_seconds=1) as hasty:
             await assert_healthy(db, hasty)
             await asyncio.to_thread(place.server.stop, "fast")
             async with asyncio.timeout(BOUND):
