@@ -1,4 +1,4 @@
-"""TLS to a server that has it, and to whoever pretends to be one. The URLs say `localhost`."""
+"""TLS to a server that has it, and to impostors. The URLs say `localhost`."""
 
 import asyncio
 import socket
@@ -57,7 +57,7 @@ class Between:
     """Stands between client and server, by TCP on this machine, and notes what it hears.
 
     With a certificate it speaks TLS itself, at once or when it is asked to, and clear text to
-    the server. Or it denies that there is TLS, and asks whoever goes on for the password.
+    the server. Or it denies that there is TLS, and asks a client that goes on for the password.
 
     Attributes:
         links: The connections made to it, in their order.

@@ -383,7 +383,7 @@ class TestServerTimeouts:
     async def test_F19_transaction_timeout_is_unavailable(
         self, db: Database, url: str, place: Place
     ) -> None:
-        # Not of whoever holds the lock.
+        # Not for the login that holds the lock.
         await place.execute(
             f"ALTER ROLE {LOGIN} IN DATABASE {place.name} SET transaction_timeout = '300ms'"
         )

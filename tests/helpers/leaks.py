@@ -26,7 +26,7 @@ _USERS: Final = ("alice", "mallory")
 
 
 async def anyones(tasks: Tasks, task_id: int) -> TaskRecord:
-    """Return a task whoever has it, as a statement without the user does."""
+    """Return a task of any user, as a statement without the user does."""
     for user in _USERS:
         try:
             return await tasks.get(user, task_id)

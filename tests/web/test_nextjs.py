@@ -10,11 +10,12 @@ from typing import Any, Final
 import httpx
 import pytest
 import pytest_asyncio
-from better_auth import PASSWORD, ask, free_port, todo_api
+from better_auth import PASSWORD, ask, todo_api
 from fullstack import EXAMPLE as FULLSTACK
 from fullstack import chromium_browser, visitor
 from nextjs import EXAMPLE, add, built, serving, shown
 from playwright.async_api import Page, expect
+from ports import free_port
 
 from todo_db.embedded import LOGIN, EmbeddedPostgres
 
