@@ -14,7 +14,7 @@ import pytest_asyncio
 from credentials import SECRET, URL, add_session, add_user, bearer, cookie, signed
 from driver import Connection
 from events import events
-from fastapi import Depends, FastAPI, Header, HTTPException, Request
+from fastapi import Depends, FastAPI, Header, HTTPException, Request, Response
 from locks import until_waiting
 from proxy import BEGIN, Fault, Proxy
 from pydantic import BaseModel, ConfigDict, Field
@@ -249,7 +249,8 @@ class TestErrors:
         assert response.status_code == status
         assert problem(response) == members
         usual = {"content-type", "content-length"}
-        assert {k: v for k, v in response.headers.items() if k not in usual} == headers
+        others = {k: v for k, v in response.headers.items() if k not in usual}
+        assert others == headers | {"cache-control": "no-store"}
         Problem.model_validate(response.json() | {"extra": None})
         # The log must show faults of the service.
         failed = {"event": "todo_db.request.failed", "reason": kind.__name__}
@@ -646,6 +647,52 @@ class TestForeignTasks:
         async with asyncio.timeout(180), client(service(url)) as asking:
             await asyncio.gather(*(ask(asking, number) for number in range(50)))
             assert (await asking.get("/pool")).json() == [0, 0]
+
+
+class TestCacheControl:
+    """A shared cache need not tell the cookies of two users apart."""
+
+    @pytest.mark.parametrize("is_mounted", [False, True])
+    async def test_keeps_what_is_about_a_user_out_of_every_cache(
+        self, url: str, alice: dict[str, str], *, is_mounted: bool
+    ) -> None:
+        app = service(url)
+        if is_mounted:
+            app, inner = FastAPI(lifespan=app.router.lifespan_context), app
+            install(app)
+            app.mount("/api", inner)
+        prefix = "/api" if is_mounted else ""
+        async with client(app) as asking:
+            for path, headers, status in (
+                ("/me", alice, 200),
+                ("/tasks", alice, 200),
+                ("/tasks/999999", alice, 404),
+                ("/tasks/x", alice, 422),
+                ("/me", {}, 401),
+                ("/health", {}, 200),
+            ):
+                answer = await asking.get(f"{prefix}{path}", headers=headers)
+                assert answer.status_code == status
+                assert answer.headers.get_list("cache-control") == ["no-store"], path
+
+    async def test_does_so_with_another_authentication(self, signed_in: httpx.AsyncClient) -> None:
+        answer = await signed_in.get("/tasks", headers=as_user("alice"))
+        assert answer.headers["cache-control"] == "no-store"
+
+    async def test_leaves_what_the_handler_says(self, url: str, alice: dict[str, str]) -> None:
+        app = service(url)
+
+        @app.get("/avatar")
+        async def avatar(_user_id: CurrentUserId, response: Response) -> None:
+            response.headers["Cache-Control"] = "private, max-age=60"
+
+        async with client(app) as asking:
+            answer = await asking.get("/avatar", headers=alice)
+        assert answer.headers.get_list("cache-control") == ["private, max-age=60"]
+
+    async def test_leaves_what_is_about_nobody(self, signed_in: httpx.AsyncClient) -> None:
+        for path in ("/openapi.json", "/missing"):
+            assert "cache-control" not in (await signed_in.get(path)).headers
 
 
 class TestHealth:

@@ -111,6 +111,7 @@ class TestRewrite:
         ]
         assert [answer.status_code for answer in made] == [201, 201]
         assert made[0].json() == made[1].json()
+        assert made[0].headers["cache-control"] == "no-store"
         path, first = made[0].headers["location"], {"if-match": made[0].headers["etag"]}
 
         # Next.js compresses a long answer, and leaves the ETag as it is.

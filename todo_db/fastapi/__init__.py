@@ -29,6 +29,7 @@ from starlette.types import ASGIApp, ExceptionHandler, Receive, Scope, Send
 
 from todo_db.authenticator import Authenticator, Identity
 from todo_db.database import Database
+from todo_db.fastapi.caching import NotStored
 from todo_db.fastapi.dependencies import (
     CurrentDatabase,
     CurrentUser,
@@ -124,9 +125,14 @@ def install(app: FastAPI) -> None:
     No answer repeats a value of the request. An id of another user gets the same bytes as an id
     that does not exist. Applications that are mounted before the first request get the same error
     handlers, where they do not have their own.
+
+    An answer for which the database or the credential was asked for has `Cache-Control: no-store`,
+    unless the handler sets the header: a shared cache need not tell the cookies of users apart
+    (https://www.rfc-editor.org/rfc/rfc9111#section-3).
     """
     app.exception_handlers.update(_HANDLERS)
     app.add_middleware(_Mounted)
+    app.add_middleware(NotStored)
     app.include_router(_health)
     document_security(app)
 

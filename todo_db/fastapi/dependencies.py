@@ -23,6 +23,7 @@ from todo_db.errors import (
     InvalidInputError,
     NotFoundError,
 )
+from todo_db.fastapi.caching import keep_private
 from todo_db.origins import can_change_something
 from todo_db.pagination import EPOCH, MICROSECOND
 from todo_db.records import TaskRecord, UserRecord
@@ -272,4 +273,5 @@ def _opened(connection: HTTPConnection, name: str) -> Any:  # noqa: ANN401  # wh
     found = connection.scope.get("state", {})
     if name not in found:
         raise ConfigurationError(_NO_LIFESPAN)
+    keep_private(connection)
     return found[name]

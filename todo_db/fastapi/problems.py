@@ -27,6 +27,7 @@ from todo_db.errors import (
     TodoDBError,
     UnavailableError,
 )
+from todo_db.fastapi.caching import keep_private
 from todo_db.pagination import TaskSort
 
 MEDIA_TYPE: Final = "application/problem+json"
@@ -113,6 +114,7 @@ _CLOSE_CODES: Final = {
 
 async def answer_error(connection: HTTPConnection, error: Exception) -> Response | None:
     """Answer an error of the package. A WebSocket is refused, or closed unless it is already."""
+    keep_private(connection)
     response = _error_response(error)
     if not isinstance(connection, WebSocket):
         return response
