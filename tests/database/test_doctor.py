@@ -93,6 +93,12 @@ PLANTS = (
         "CREATE ROLE boss BYPASSRLS; GRANT boss TO todo_app",
         "DROP ROLE boss",
     ),
+    Weakness(
+        "role-bypasses",
+        "todo_app",
+        "ALTER ROLE todo_app REPLICATION",
+        "ALTER ROLE todo_app NOREPLICATION",
+    ),
     Weakness("role-member", "boss", "CREATE ROLE boss; GRANT boss TO todo_app", "DROP ROLE boss"),
     Weakness(
         "role-owns",
@@ -103,12 +109,19 @@ PLANTS = (
     Weakness(
         "login-bypasses", LOGIN, f"ALTER ROLE {LOGIN} BYPASSRLS", f"ALTER ROLE {LOGIN} NOBYPASSRLS"
     ),
+    Weakness(
+        "login-bypasses",
+        LOGIN,
+        f"ALTER ROLE {LOGIN} REPLICATION",
+        f"ALTER ROLE {LOGIN} NOREPLICATION",
+    ),
     Weakness("login-bypasses", LOGIN, f"GRANT {OWNER} TO {LOGIN}", f"REVOKE {OWNER} FROM {LOGIN}"),
     *(
         Weakness("login-bypasses", LOGIN, f"{sql} TO {LOGIN}", f"{undo}; DROP ROLE boss")
         for sql, undo in (
             ("CREATE ROLE boss BYPASSRLS; GRANT boss", f"REVOKE boss FROM {LOGIN}"),
             ("CREATE ROLE boss SUPERUSER; GRANT boss", f"REVOKE boss FROM {LOGIN}"),
+            ("CREATE ROLE boss REPLICATION; GRANT boss", f"REVOKE boss FROM {LOGIN}"),
             (
                 "CREATE ROLE boss; CREATE TABLE his (); ALTER TABLE his OWNER TO boss; GRANT boss",
                 "DROP TABLE his",
@@ -159,6 +172,35 @@ PLANTS = (
         GRANT todo_auth TO erin WITH INHERIT TRUE, SET FALSE""",
         "DROP ROLE erin",
         login="erin",
+    ),
+    Weakness(
+        "login-granted",
+        "function pg_read_file(text)",
+        f"GRANT EXECUTE ON FUNCTION pg_read_file(text) TO {LOGIN}",
+        f"REVOKE EXECUTE ON FUNCTION pg_read_file(text) FROM {LOGIN}",
+    ),
+    Weakness(
+        "catalogue-missing",
+        "todo_app: role NOSUPERUSER NOBYPASSRLS NOLOGIN NOCREATEROLE NOCREATEDB NOREPLICATION",
+        "ALTER ROLE todo_app LOGIN",
+        "ALTER ROLE todo_app NOLOGIN",
+        login="todo_app",
+    ),
+    Weakness(
+        "login-granted",
+        "schema his",
+        f"CREATE SCHEMA his AUTHORIZATION {LOGIN}",
+        "DROP SCHEMA his",
+    ),
+    *(
+        Weakness("login-granted", subject, f"GRANT {right} TO {LOGIN}")
+        for subject, right in (
+            ("table public.tasks", "ALL ON tasks"),
+            ("column id of table public.jwks", "SELECT (id) ON jwks"),
+            ("sequence public.tasks_id_seq", "USAGE ON SEQUENCE tasks_id_seq"),
+            ("schema public", "CREATE ON SCHEMA public"),
+            (f"database {DATABASE}", f"ALL ON DATABASE {DATABASE}"),
+        )
     ),
     Weakness(
         "owner-blind",
@@ -295,6 +337,7 @@ PLANTS = (
             ("pg_authid", "SELECT ON pg_authid", "todo_app"),
             ("rolpassword on pg_authid", "SELECT (rolpassword) ON pg_authid", "PUBLIC"),
             ("pg_read_file(text)", "EXECUTE ON FUNCTION pg_read_file(text)", "todo_app"),
+            ("pg_read_file(text)", "EXECUTE ON FUNCTION pg_read_file(text)", "PUBLIC"),
         )
     ),
     *(
@@ -316,6 +359,18 @@ PLANTS = (
         "grant-sequence",
         "public.tasks_id_seq",
         "GRANT SELECT ON SEQUENCE tasks_id_seq TO todo_app",
+    ),
+    *(
+        Weakness("grant-large-objects", DATABASE, f"SELECT lo_from_bytea(4711, ''); {sql}", undo)
+        for sql, undo in (
+            ("GRANT SELECT ON LARGE OBJECT 4711 TO todo_app", ""),
+            ("GRANT SELECT ON LARGE OBJECT 4711 TO PUBLIC", ""),
+            ("ALTER LARGE OBJECT 4711 OWNER TO todo_app", "SELECT lo_unlink(4711)"),
+            (
+                f"ALTER DATABASE {DATABASE} SET lo_compat_privileges = on",
+                f"ALTER DATABASE {DATABASE} RESET lo_compat_privileges",
+            ),
+        )
     ),
     *(
         Weakness(
@@ -372,6 +427,15 @@ PLANTS = (
         "public.find_credential(text,text)",
         "CREATE ROLE carol; ALTER FUNCTION find_credential(text, text) OWNER TO carol",
         f"ALTER FUNCTION find_credential(text, text) OWNER TO {OWNER}; DROP ROLE carol",
+    ),
+    *(
+        Weakness(
+            "credential-owner",
+            "public.find_credential(text,text)",
+            f"ALTER TABLE {table} OWNER TO postgres",
+            f"ALTER TABLE {table} OWNER TO {OWNER}",
+        )
+        for table in ("sessions", "jwks")
     ),
     *(
         Weakness(
@@ -499,6 +563,13 @@ MISTAKES = (
         """CREATE TABLE rates (user_id text NOT NULL REFERENCES users ON DELETE CASCADE);
         GRANT DELETE ON rates TO todo_app""",
     ),
+    Weakness(
+        "rls-disabled",
+        "public.rates",
+        """CREATE TABLE rates (user_id text NOT NULL REFERENCES users ON DELETE CASCADE)
+            PARTITION BY HASH (user_id);
+        GRANT SELECT ON rates TO todo_app""",
+    ),
     Weakness("owner-column", "public.labels", "ALTER TABLE labels ALTER user_id DROP NOT NULL"),
     Weakness(
         "owner-column",
@@ -604,6 +675,13 @@ MISTAKES = (
         )
         for volatility in ("IMMUTABLE", "STABLE", "VOLATILE")
     ),
+    Weakness(
+        "policy-helper",
+        "more on public.labels",
+        """CREATE FUNCTION same(text, text) RETURNS boolean LANGUAGE sql RETURN $1 = $2;
+        CREATE OPERATOR === (FUNCTION = same, LEFTARG = text, RIGHTARG = text);
+        CREATE POLICY more ON labels AS RESTRICTIVE TO todo_app USING (name === user_id)""",
+    ),
     # Foreign keys
     Weakness(
         "foreign-key-crossing",
@@ -640,11 +718,23 @@ MISTAKES = (
         """ALTER TABLE labels DROP CONSTRAINT fk_labels_user_id_users,
         ADD FOREIGN KEY (user_id) REFERENCES users""",
     ),
+    # Once, and not again for each partition.
     Weakness(
-        "foreign-key-weak",
-        "nulling on public.labels",
-        """ALTER TABLE labels ADD CONSTRAINT nulling FOREIGN KEY (user_id, parent_id)
-        REFERENCES labels (user_id, id) ON DELETE SET NULL""",
+        "foreign-key-crossing",
+        "crossing on public.labels",
+        """CREATE TABLE events (id int PRIMARY KEY) PARTITION BY HASH (id);
+        CREATE TABLE events_0 PARTITION OF events FOR VALUES WITH (MODULUS 1, REMAINDER 0);
+        ALTER TABLE labels ADD event int CONSTRAINT crossing REFERENCES events;
+        GRANT INSERT (event) ON labels TO todo_app""",
+    ),
+    *(
+        Weakness(
+            "foreign-key-weak",
+            "taking on public.labels",
+            f"""ALTER TABLE labels ADD CONSTRAINT taking FOREIGN KEY (user_id, parent_id)
+            REFERENCES labels (user_id, id) ON DELETE SET {what}""",
+        )
+        for what in ("NULL", "DEFAULT")
     ),
     Weakness(
         "foreign-key-missing",
@@ -720,7 +810,7 @@ MISTAKES = (
     Weakness(
         "grant-sequence",
         "public.labels_id_seq",
-        "GRANT USAGE ON SEQUENCE labels_id_seq TO todo_app",
+        "GRANT USAGE ON SEQUENCE labels_id_seq TO todo_app WITH GRANT OPTION",
     ),
     Weakness("grant-create", "SCHEMA app", "GRANT CREATE ON SCHEMA app TO todo_app"),
     # Owners, views, functions, rules, triggers
@@ -729,6 +819,26 @@ MISTAKES = (
         'app."Notes"',
         'ALTER TABLE app."Notes" OWNER TO todo_app',
         f'ALTER TABLE app."Notes" OWNER TO {OWNER}',
+    ),
+    Weakness(
+        "role-owns",
+        "public.audit",
+        "ALTER TABLE audit OWNER TO todo_app",
+        f"ALTER TABLE audit OWNER TO {OWNER}",
+    ),
+    Weakness(
+        "role-owns",
+        "public.part",
+        """CREATE TABLE whole (id int) PARTITION BY HASH (id);
+        CREATE TABLE part PARTITION OF whole FOR VALUES WITH (MODULUS 1, REMAINDER 0);
+        ALTER TABLE part OWNER TO todo_app""",
+        "DROP TABLE whole",
+    ),
+    Weakness(
+        "role-owns",
+        "public.numbers",
+        "CREATE SEQUENCE numbers; ALTER SEQUENCE numbers OWNER TO todo_app",
+        "DROP SEQUENCE numbers",
     ),
     Weakness(
         "role-owns",
@@ -750,17 +860,31 @@ MISTAKES = (
         """ALTER VIEW my_labels RESET (security_invoker);
         ALTER VIEW my_labels SET (security_barrier = true)""",
     ),
-    Weakness(
-        "function-definer",
-        "public.raised(text)",
-        """CREATE FUNCTION raised(text) RETURNS text LANGUAGE sql IMMUTABLE SECURITY DEFINER
-            RETURN upper($1);
-        CREATE INDEX ON labels (raised(name)); REVOKE ALL ON FUNCTION raised FROM PUBLIC""",
+    # Nobody can name what is in this schema, but expressions call it.
+    *(
+        Weakness("function-definer", "hidden.count_all()", sql)
+        for sql in (
+            """CREATE VIEW all_counts WITH (security_invoker) AS SELECT hidden.count_all();
+            GRANT SELECT ON all_counts TO todo_app""",
+            "ALTER TABLE labels ADD CHECK (hidden.count_all() > 0) NOT VALID",
+            "ALTER TABLE labels ALTER currency SET DEFAULT hidden.count_all()::text",
+            "CREATE DOMAIN counted AS bigint DEFAULT hidden.count_all()",
+            "CREATE FUNCTION count_it() RETURNS bigint LANGUAGE sql RETURN hidden.count_all()",
+        )
     ),
-    Weakness(
-        "function-definer",
-        "public.count_all()",
-        "ALTER VIEW counts SET (security_invoker); GRANT SELECT ON counts TO todo_app",
+    *(
+        Weakness(
+            "function-definer",
+            "hidden.peek(text,text)",
+            f"""CREATE FUNCTION hidden.peek(text, text) RETURNS text LANGUAGE sql SECURITY DEFINER
+                AS 'SELECT max(title) FROM public.tasks'; {sql}""",
+        )
+        for sql in (
+            "CREATE OPERATOR === (FUNCTION = hidden.peek, LEFTARG = text, RIGHTARG = text)",
+            # Its owner calls it.
+            """REVOKE ALL ON FUNCTION hidden.peek FROM PUBLIC;
+            CREATE AGGREGATE peeks (text) (SFUNC = hidden.peek, STYPE = text)""",
+        )
     ),
     Weakness(
         "function-definer",
@@ -769,16 +893,6 @@ MISTAKES = (
     ),
     Weakness("function-definer", "hidden.count_all()", "GRANT USAGE ON SCHEMA hidden TO todo_app"),
     Weakness("function-definer", "public.keep()", "ALTER FUNCTION keep() SECURITY DEFINER"),
-    Weakness(
-        "function-definer",
-        "public.count_all()",
-        "ALTER TABLE labels ADD CHECK (count_all() > 0) NOT VALID",
-    ),
-    Weakness(
-        "function-definer",
-        "public.count_all()",
-        "ALTER TABLE labels ALTER currency SET DEFAULT count_all()::text",
-    ),
     Weakness(
         "function-definer",
         "public.spy()",
@@ -822,14 +936,6 @@ MISTAKES = (
         """CREATE TABLE more_labels () INHERITS (labels); ALTER FUNCTION keep() SECURITY DEFINER;
         DROP TRIGGER keep ON labels;
         CREATE TRIGGER keep AFTER UPDATE ON more_labels FOR EACH ROW EXECUTE FUNCTION keep()""",
-    ),
-    Weakness(
-        "function-definer",
-        "public.is_fine(text)",
-        """CREATE FUNCTION is_fine(text) RETURNS boolean LANGUAGE sql IMMUTABLE SECURITY DEFINER
-            RETURN true;
-        REVOKE ALL ON FUNCTION is_fine FROM PUBLIC;
-        CREATE DOMAIN fine AS text CHECK (is_fine(VALUE)); ALTER TABLE labels ADD more fine""",
     ),
     Weakness(
         "column-required",
@@ -1013,8 +1119,39 @@ class TestExamine:
             # Nobody can call it by hand.
             (
                 """CREATE FUNCTION spy() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
-                    AS 'BEGIN RETURN NEW; END'""",
+                    AS 'BEGIN RETURN NEW; END';
+                CREATE FUNCTION watch() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER
+                    AS 'BEGIN END'""",
                 "",
+            ),
+            (
+                f"""GRANT CONNECT ON DATABASE {DATABASE} TO {LOGIN};
+                SELECT lo_from_bytea(4711, '')""",
+                "",
+            ),
+            (
+                "GRANT EXECUTE ON FUNCTION pg_catalog.upper(text) TO todo_auth",
+                "REVOKE EXECUTE ON FUNCTION pg_catalog.upper(text) FROM todo_auth",
+            ),
+            # A superuser sees every row, and find_credential does not read each table.
+            ("ALTER TABLE tasks OWNER TO postgres", f"ALTER TABLE tasks OWNER TO {OWNER}"),
+            ("ALTER TABLE accounts OWNER TO postgres", f"ALTER TABLE accounts OWNER TO {OWNER}"),
+            ("CREATE SCHEMA more; CREATE TABLE more.sessions ()", "DROP SCHEMA more CASCADE"),
+            # An extension judges its own objects.
+            *(
+                (f"CREATE {sql}; ALTER EXTENSION plpgsql ADD {kind} everything", "SELECT")
+                for kind, sql in (
+                    (
+                        "VIEW",
+                        """VIEW everything AS SELECT * FROM tasks;
+                        GRANT SELECT ON everything TO PUBLIC""",
+                    ),
+                    (
+                        "FUNCTION",
+                        """FUNCTION everything() RETURNS bigint LANGUAGE sql SECURITY DEFINER
+                        AS 'SELECT count(*) FROM tasks'""",
+                    ),
+                )
             ),
             (
                 "ALTER DATABASE postgres SET todo_db.user_id = 'x'",
@@ -1077,6 +1214,21 @@ class TestExamine:
                 ("policy-missing", "public.tasks"),
                 ("rls-disabled", "public.notes"),
             }
+
+    async def test_reports_a_login_beside_a_role_that_bypasses(self, place: Cluster) -> None:
+        plant = Weakness(
+            "",
+            "",
+            f"ALTER ROLE todo_app SUPERUSER; ALTER ROLE {LOGIN} BYPASSRLS",
+            f"ALTER ROLE todo_app NOSUPERUSER; ALTER ROLE {LOGIN} NOBYPASSRLS",
+        )
+        async with with_weakness(place, plant):
+            assert await found(place) == {("login-bypasses", LOGIN), ("role-bypasses", "todo_app")}
+
+    async def test_ignores_what_the_login_may_do_in_another_database(self, place: Cluster) -> None:
+        await place.execute(f"GRANT CREATE ON SCHEMA public TO {LOGIN}")
+        assert await found(place) == set()
+        await place.execute(f"REVOKE CREATE ON SCHEMA public FROM {LOGIN}")
 
     async def test_reports_a_role_beside_that_of_better_auth(self, place: Cluster) -> None:
         roles = "todo_auth, pg_monitor"
@@ -1171,6 +1323,28 @@ class TestExamine:
             }
             assert (await report(server)).server_version.startswith(f"{version}.")
 
+    @pytest.mark.matrix
+    async def test_sees_what_only_an_older_version_or_an_extension_has(
+        self,
+        todo_postgres: EmbeddedPostgres,  # noqa: ARG002  # as for `cluster`
+    ) -> None:
+        with Cluster(15) as server:
+            await upgrade(await server.create_database(TEMPLATE))
+            await server.execute(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app")
+            for plant, findings in (
+                # It could grant itself any role.
+                (f"ALTER ROLE {LOGIN} CREATEROLE", {("login-bypasses", LOGIN)}),
+                (f"ALTER ROLE {LOGIN} NOCREATEROLE; CREATE EXTENSION pg_stat_statements", set()),
+                (
+                    """CREATE EXTENSION dblink;
+                    GRANT EXECUTE ON FUNCTION dblink_connect_u(text) TO todo_app""",
+                    {("grant-system", "public.dblink_connect_u(text)")},
+                ),
+            ):
+                async with copied(server, TEMPLATE):
+                    await server.execute(plant, database=DATABASE)
+                    assert await found(server) == findings
+
     async def test_remedy_is_sql_with_the_name_in_it(self, place: Cluster) -> None:
         (plant,) = (plant for plant in PLANTS if plant.code == "rls-not-forced")
         async with with_weakness(place, plant):
@@ -1248,13 +1422,27 @@ class TestOwnTables:
             "ALTER TABLE labels ADD task_id bigint REFERENCES tasks",
             "ALTER TABLE labels ADD code text UNIQUE",
             # The user is deleted with what it refers to.
-            f"""{NOTES} ALTER TABLE notes DROP CONSTRAINT notes_user_id_fkey,
+            f"""{NOTES} ALTER TABLE notes DROP CONSTRAINT notes_user_id_fkey, ADD body text,
             ADD label_id bigint NOT NULL, ADD FOREIGN KEY (user_id, label_id)
             REFERENCES labels (user_id, id) ON DELETE CASCADE""",
             # Nobody changes it, or whoever changes it says so.
             "DROP TRIGGER touch ON labels; REVOKE UPDATE ON labels FROM todo_app",
             "DROP TRIGGER touch ON labels; GRANT UPDATE (updated_at) ON labels TO todo_app",
             "ALTER TABLE labels ADD serial serial; REVOKE INSERT ON labels FROM todo_app",
+            # Of tables that todo_app cannot touch.
+            """CREATE TABLE more_audit () INHERITS (audit);
+            CREATE FUNCTION spy() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
+                AS 'BEGIN RETURN NEW; END';
+            CREATE TRIGGER spy AFTER INSERT ON more_audit FOR EACH ROW EXECUTE FUNCTION spy()""",
+            # PostgreSQL refuses the call to todo_app, which has no EXECUTE.
+            "CREATE FUNCTION count_it() RETURNS bigint LANGUAGE sql RETURN count_all()",
+            "ALTER VIEW counts SET (security_invoker); GRANT SELECT ON counts TO todo_app",
+            "ALTER TABLE labels ALTER currency SET DEFAULT count_all()::text",
+            """CREATE FUNCTION peek(text, text) RETURNS text LANGUAGE sql SECURITY DEFINER
+                AS 'SELECT max(title) FROM tasks';
+            REVOKE ALL ON FUNCTION peek FROM PUBLIC;
+            CREATE AGGREGATE peeks (text) (SFUNC = peek, STYPE = text);
+            REVOKE ALL ON FUNCTION peeks FROM PUBLIC""",
             # Only those in the schema public are todo_db's and Better Auth's.
             'ALTER TABLE app."Notes" RENAME TO tasks',
             'ALTER TABLE app."Notes" RENAME TO sessions',
@@ -1343,10 +1531,61 @@ class TestOwnTables:
         async with with_weakness(own_place, Weakness("", "", plant)):
             assert ("owner-column", "public.notes") in await found(own_place)
 
+    async def test_table_with_a_fenced_child_cannot_be_shared(self, own_place: Cluster) -> None:
+        plant = "ALTER TABLE labels INHERIT things"
+        shared = """CREATE TABLE things (user_id text NOT NULL REFERENCES users ON DELETE CASCADE);
+            ALTER TABLE things ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+            CREATE POLICY todo_db_shared ON things FOR SELECT TO todo_app USING (true);
+            GRANT SELECT ON things TO todo_app; CREATE TABLE plain () INHERITS (things)"""
+        async with with_weakness(own_place, Weakness("", "", shared)):
+            assert await found(own_place) == set()
+        async with with_weakness(own_place, Weakness("", "", plant)):
+            assert await found(own_place) == {
+                ("policy-fence-missing", "public.things"),
+                ("policy-open", "todo_db_shared on public.things"),
+            }
+
     async def test_our_table_cannot_be_shared(self, own_place: Cluster) -> None:
         plant = "CREATE POLICY todo_db_shared ON tasks FOR SELECT TO todo_app USING (true)"
         async with with_weakness(own_place, Weakness("", "", plant)):
             assert await found(own_place) == {("policy-open", "todo_db_shared on public.tasks")}
+
+    @pytest.mark.parametrize(
+        ("plant", "query"),
+        [
+            (
+                "CREATE OPERATOR === (FUNCTION = hidden.peek, LEFTARG = text, RIGHTARG = text)",
+                "SELECT ''::text === ''::text",
+            ),
+            (
+                """CREATE AGGREGATE peeks (text) (SFUNC = hidden.peek, STYPE = text);
+                REVOKE ALL ON FUNCTION hidden.peek FROM PUBLIC""",
+                "SELECT peeks('')",
+            ),
+            (
+                """CREATE VIEW peeks WITH (security_invoker) AS SELECT hidden.peek('', '') AS title;
+                GRANT SELECT ON peeks TO todo_app""",
+                "SELECT title FROM peeks",
+            ),
+        ],
+    )
+    async def test_function_shows_another_users_row_through_what_calls_it(
+        self, own_place: Cluster, plant: str, query: str
+    ) -> None:
+        weakness = Weakness(
+            "",
+            "",
+            f"""INSERT INTO users (id, email) VALUES ('alice', 'alice@example.org');
+            INSERT INTO tasks (user_id, title) VALUES ('alice', '{MARKER}');
+            CREATE FUNCTION hidden.peek(text, text) RETURNS text LANGUAGE sql SECURITY DEFINER
+                AS 'SELECT max(title) FROM public.tasks'; {plant}""",
+        )
+        async with with_weakness(own_place, weakness):
+            mallory = await own_place.connect(LOGIN, DATABASE)
+            await mallory.execute("SET ROLE todo_app")
+            assert await mallory.fetchval(query) == MARKER
+            await mallory.close()
+            assert await found(own_place) == {("function-definer", "hidden.peek(text,text)")}
 
     async def test_partition_reaches_a_function_as_its_parent_does(
         self, own_place: Cluster

@@ -8,6 +8,11 @@ WITH RECURSIVE role AS (SELECT * FROM pg_roles WHERE rolname = 'todo_app'),
 app AS (SELECT oid FROM role WHERE NOT rolsuper),
 modern AS (SELECT current_setting('server_version_num')::integer >= 160000 AS yes),
 login AS (SELECT * FROM pg_roles WHERE rolname = session_user),
+-- A role with REPLICATION reads every change of every table, and before PostgreSQL 16 one with
+-- CREATEROLE becomes any role but a superuser.
+mighty AS (
+    SELECT oid FROM pg_roles, modern
+    WHERE rolsuper OR rolbypassrls OR rolreplication OR rolcreaterole AND NOT yes),
 authenticating AS (
     SELECT session_user::text AS login FROM pg_roles r, login own, modern
     WHERE r.rolname = 'todo_auth' AND NOT own.rolsuper
@@ -25,10 +30,11 @@ relations AS (
     FROM pg_class c JOIN spaces n ON n.oid = relnamespace
     WHERE relkind IN ('r', 'p', 'f', 'v', 'm', 'S') AND NOT EXISTS (SELECT FROM pg_depend
         WHERE classid = 'pg_class'::regclass AND objid = c.oid AND deptype = 'e')),
+masters AS (SELECT oid FROM mighty UNION ALL SELECT relowner FROM relations),
 -- What todo_app can touch.
 touched AS (
     SELECT r.* FROM relations r, app
-    WHERE relkind <> 'S' AND NOT pg_has_role(app.oid, relowner, 'MEMBER')
+    WHERE NOT pg_has_role(app.oid, relowner, 'MEMBER')
         AND (has_table_privilege(app.oid, r.oid, 'SELECT, DELETE, TRUNCATE, TRIGGER')
             OR has_any_column_privilege(app.oid, r.oid, 'SELECT, INSERT, UPDATE, REFERENCES'))),
 -- And the partitions and children of it.
@@ -45,7 +51,10 @@ policies AS (
         concat('(', CASE name WHEN 'public.users' THEN 'id ' ELSE 'user_id ' END, $2::text) rule),
 stored AS (
     SELECT t.*, NOT ours AND oid IN (SELECT polrelid FROM policies WHERE bind AND polpermissive
-            AND polname = 'todo_db_shared' AND polcmd = 'r' AND qual = 'true') AS shared,
+            AND polname = 'todo_db_shared' AND polcmd = 'r' AND qual = 'true')
+        -- It would show the rows of a child without the child's fence.
+        AND NOT EXISTS (SELECT FROM pg_inherits JOIN policies c ON c.polrelid = inhrelid
+            WHERE inhparent = t.oid AND bind AND NOT polpermissive) AS shared,
         CASE
             WHEN relkind = 'f' THEN 'it is a foreign table, which can have none: REVOKE ALL ON '
                 || name || ' FROM todo_app, PUBLIC'
@@ -68,7 +77,7 @@ columns AS (
     SELECT o.oid, o.name, ours, a.attnum, a.attname, attidentity <> '' AS numbered,
         a.attnum = owner OR a.attnum = ANY (primary_key) AS fixed,
         (attnotnull OR typnotnull) AND NOT atthasdef AND attidentity = '' AS required
-    FROM owned o JOIN pg_attribute a ON attrelid = o.oid AND a.attnum > 0 AND NOT attisdropped
+    FROM owned o JOIN pg_attribute a ON attrelid = o.oid AND a.attnum > 0
         JOIN pg_type t ON t.oid = a.atttypid),
 keys AS (
     SELECT k.*, format('%I on %s', conname, o.name) AS key, o.name, owner,
@@ -94,32 +103,26 @@ uniques AS MATERIALIZED (
     WHERE NOT of_users AND named_by_text AND NOT (owner = ANY (key)
         AND (NOT indisexclusion OR EXISTS (SELECT FROM pg_constraint k JOIN pg_operator e
             ON e.oid = conexclop[array_position(key, owner)]
-            WHERE conindid = indexrelid AND conrelid = indrelid AND oprname = '=')))),
+            WHERE conindid = indexrelid AND oprname = '=')))),
 functions AS (
     SELECT p.*, p.oid::regprocedure::text AS name FROM pg_proc p JOIN spaces n ON n.oid = pronamespace
     WHERE NOT EXISTS (SELECT FROM pg_depend
         WHERE classid = 'pg_proc'::regclass AND objid = p.oid AND deptype = 'e')),
-suspects AS (SELECT * FROM functions WHERE prosecdef OR proleakproof),
--- What calls them by itself when a table is used.
-calls AS (
-    SELECT refobjid AS function, CASE classid
-        WHEN 'pg_trigger'::regclass THEN (SELECT tgrelid FROM pg_trigger WHERE oid = objid)
-        WHEN 'pg_policy'::regclass THEN (SELECT polrelid FROM pg_policy WHERE oid = objid)
-        WHEN 'pg_constraint'::regclass THEN (SELECT conrelid FROM pg_constraint WHERE oid = objid)
-        WHEN 'pg_attrdef'::regclass THEN (SELECT adrelid FROM pg_attrdef WHERE oid = objid)
-        WHEN 'pg_rewrite'::regclass THEN (SELECT ev_class FROM pg_rewrite WHERE oid = objid)
-        WHEN 'pg_class'::regclass THEN (SELECT indrelid FROM pg_index WHERE indexrelid = objid)
-        END AS relation
-    FROM pg_depend WHERE refclassid = 'pg_proc'::regclass
-        AND refobjid IN (SELECT oid FROM suspects)),
+-- Wherever an expression calls a function, PostgreSQL asks for EXECUTE; for USAGE of its schema only
+-- where a statement names it, and not where a view, a default, a domain or an operator calls it. It
+-- asks nothing for a trigger, and the owner of an aggregate for what that calls.
+calls AS (SELECT classid, objid, refobjid AS function FROM pg_depend WHERE refclassid = 'pg_proc'::regclass),
 reached AS (
-    SELECT s.* FROM suspects s, app
-    WHERE prorettype <> 'trigger'::regtype AND has_function_privilege(app.oid, s.oid, 'EXECUTE')
-            AND has_schema_privilege(app.oid, pronamespace, 'USAGE')
-        OR s.oid IN (SELECT function FROM calls
-            -- A check of a domain is of no table.
-            WHERE relation = 0 OR relation IN (
-                SELECT oid FROM family UNION ALL SELECT oid FROM relations WHERE auths))),
+    SELECT f.* FROM functions f, app
+    WHERE prorettype NOT IN ('trigger'::regtype, 'event_trigger'::regtype)
+            AND has_function_privilege(app.oid, f.oid, 'EXECUTE')
+            AND (has_schema_privilege(app.oid, pronamespace, 'USAGE')
+                OR f.oid IN (SELECT function FROM calls))
+        OR f.oid IN (SELECT function FROM calls JOIN pg_proc a ON a.oid = objid
+            WHERE classid = 'pg_proc'::regclass AND prokind = 'a'
+                AND has_function_privilege(app.oid, a.oid, 'EXECUTE'))
+        OR f.oid IN (SELECT tgfoid FROM pg_trigger WHERE tgrelid IN (
+            SELECT oid FROM family UNION ALL SELECT oid FROM relations WHERE auths))),
 -- Each right that somebody granted, without those that PostgreSQL grants from the beginning.
 granted AS (
     SELECT kind, object, (a).grantee, (a).privilege_type AS privilege, (a).is_grantable, system,
@@ -128,30 +131,31 @@ granted AS (
                 WHERE attrelid = object AND attnum = part), object::regclass)
             WHEN 'routine' THEN object::regprocedure::text
             ELSE format('SCHEMA %s', object::regnamespace) END AS place
-    FROM (SELECT o.*, space = 'pg_catalog'::regnamespace AS system, aclexplode(acl) AS a FROM (
+    FROM (SELECT o.*, aclexplode(acl) AS a, space = 'pg_catalog'::regnamespace OR EXISTS (
+            SELECT FROM pg_init_privs WHERE privtype = 'e' AND objoid = object AND classoid = class)
+            AS system FROM (
         SELECT 'relation', 'pg_class'::regclass, oid, 0, relnamespace, relacl
         FROM pg_class WHERE relkind <> 'S'
         UNION ALL SELECT 'column', 'pg_class'::regclass, attrelid, attnum, relnamespace, attacl
         FROM pg_attribute JOIN pg_class c ON c.oid = attrelid
         UNION ALL SELECT 'routine', 'pg_proc'::regclass, oid, 0, pronamespace, proacl FROM pg_proc
         UNION ALL SELECT 'schema', 'pg_namespace'::regclass, oid, 0, oid, nspacl FROM spaces
-    ) o (kind, class, object, part, space, acl) WHERE acl IS NOT NULL) e
-    WHERE (system OR (a).grantee = 0 OR (a).is_grantable OR (a).privilege_type = 'MAINTAIN')
-        AND (a).grantee IN (SELECT oid FROM app UNION ALL SELECT 0) AND CASE
-        WHEN NOT system THEN space IN (SELECT oid FROM spaces)
+    ) o (kind, class, object, part, space, acl)) e
+    WHERE (a).grantee IN (SELECT oid FROM app UNION ALL SELECT 0)
         -- A routine without rights of its own is PUBLIC's.
-        WHEN kind = 'routine' AND (a).grantee = 0 AND object NOT IN (
-            SELECT objoid FROM pg_init_privs WHERE classoid = 'pg_proc'::regclass) THEN false
-        ELSE (class::oid, object, part, (a).grantee, (a).privilege_type) NOT IN (
+        AND NOT (kind = 'routine' AND (a).grantee = 0 AND object NOT IN (
+            SELECT objoid FROM pg_init_privs WHERE classoid = 'pg_proc'::regclass))
+        AND (class::oid, object, part, (a).grantee, (a).privilege_type) NOT IN (
             SELECT classoid, objoid, objsubid, i.grantee, i.privilege_type
-            FROM pg_init_privs, aclexplode(initprivs) i) END),
+            FROM pg_init_privs, aclexplode(initprivs) i)),
 found (code, subject, problem, remedy) AS (
 
 -- Roles
 SELECT 'role-bypasses', rolname::text,
-    'it is a superuser or has BYPASSRLS: row-level security does not bind it',
-    'ALTER ROLE todo_app NOSUPERUSER NOBYPASSRLS'
-FROM role WHERE rolsuper OR rolbypassrls
+    'it is a superuser, or has BYPASSRLS, REPLICATION or CREATEROLE: row-level security does not stop'
+    ' it',
+    'ALTER ROLE todo_app NOSUPERUSER NOBYPASSRLS NOREPLICATION NOCREATEROLE'
+FROM role WHERE oid IN (SELECT oid FROM mighty)
 
 UNION ALL SELECT 'role-member', r.oid::regrole::text,
     'todo_app is a member of it: what it may see, bypass or do, transactions can too',
@@ -176,7 +180,7 @@ UNION ALL SELECT 'login-bypasses', session_user::text,
     'make a login of its own: todo-db login todo_login, and connect with the URL that it prints'
 WHERE EXISTS (
     SELECT FROM pg_roles r WHERE pg_has_role(session_user, r.oid, 'MEMBER')
-        AND (r.rolsuper OR r.rolbypassrls OR r.oid IN (SELECT relowner FROM relations))
+        AND r.oid IN (SELECT oid FROM masters)
         AND (r.rolname = session_user OR NOT EXISTS (
             SELECT FROM role WHERE pg_has_role(role.oid, r.oid, 'MEMBER'))))
 
@@ -196,9 +200,21 @@ UNION ALL SELECT 'login-member', r.oid::regrole::text,
     format('REVOKE %s FROM the login', r.oid::regrole)
 FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.roleid JOIN login ON login.oid = m.member
 WHERE r.rolname <> 'todo_app'
-    AND NOT (login.rolsuper OR login.rolbypassrls OR r.rolsuper OR r.rolbypassrls)
-    AND NOT EXISTS (SELECT FROM relations WHERE relowner IN (login.oid, r.oid))
+    AND NOT EXISTS (SELECT FROM masters WHERE oid IN (login.oid, r.oid))
     AND NOT (r.rolname = 'todo_auth' AND EXISTS (SELECT FROM authenticating))
+
+UNION ALL SELECT DISTINCT 'login-granted', place,
+    'the login has a right of its own on it: a call of one round trip has it, and so has injected SQL',
+    format('REVOKE ALL ON it FROM %I, or ALTER it: the login has the rights of todo_app', session_user)
+FROM (
+    SELECT refobjid, pg_describe_object(classid, objid, objsubid)
+    FROM pg_shdepend JOIN pg_database d ON d.oid = dbid
+    WHERE datname = current_database() AND refclassid = 'pg_authid'::regclass
+    UNION ALL SELECT grantee, format('database %I', datname)
+    FROM pg_database, aclexplode(datacl)
+    WHERE datname = current_database() AND privilege_type <> 'CONNECT') g (grantee, place)
+    JOIN login ON login.oid = grantee
+WHERE grantee NOT IN (SELECT oid FROM masters) AND rolname <> 'todo_app'
 
 UNION ALL SELECT 'owner-blind', name,
     'its owner neither bypasses nor escapes row-level security: backfills and dumps see no row',
@@ -268,8 +284,8 @@ UNION ALL SELECT 'foreign-key-crossing', key,
         ELSE format('op.share%s if every user may read it; or leave the foreign key out', named) END
 FROM keys WHERE NOT carries AND NOT to_shared AND NOT EXISTS (
     -- Only columns that a user may write let that user try values.
-    SELECT FROM pg_attribute, app WHERE attrelid = conrelid AND attnum = ANY (conkey)
-        AND NOT has_column_privilege(app.oid, conrelid, attnum, 'INSERT, UPDATE'))
+    SELECT FROM unnest(conkey) part, app
+    WHERE NOT has_column_privilege(app.oid, conrelid, part, 'INSERT, UPDATE'))
 
 UNION ALL SELECT 'foreign-key-weak', key,
     CASE WHEN NOT convalidated THEN 'it is not validated: rows from before may break it'
@@ -298,7 +314,7 @@ WHERE NOT EXISTS (SELECT FROM pg_attribute a WHERE attrelid = indrelid AND attnu
 
 -- Objects that change whose rights apply
 UNION ALL SELECT 'function-definer', name,
-    'todo_app may call it, or a table calls it, and it runs with its owner''s rights',
+    'todo_app may call it, or a trigger does, and it runs with its owner''s rights',
     format('REVOKE EXECUTE ON ROUTINE %s FROM PUBLIC, todo_app; or ALTER it to SECURITY INVOKER',
         name)
 -- The body of find_credential is compared as a whole.
@@ -331,7 +347,7 @@ FROM touched WHERE relkind = 'm'
 UNION ALL SELECT 'rule-rewrites', format('%I on %s', rulename, name),
     'statements become other ones, which run with the rights of its owner',
     format('DROP RULE %I ON %s', rulename, name)
-FROM (SELECT oid, name FROM touched UNION SELECT oid, name FROM relations WHERE auths OR ours) t
+FROM (SELECT oid, name FROM touched UNION SELECT oid, name FROM relations WHERE auths) t
     JOIN pg_rewrite ON ev_class = t.oid WHERE ev_type <> '1'
 
 -- Grants
@@ -362,7 +378,7 @@ UNION ALL SELECT 'grant-public', name, 'it is granted to PUBLIC, which every log
         CASE WHEN ours THEN 'todo_app has its own grants' ELSE fence END)
 FROM (SELECT oid, name, ours, fence FROM stored UNION ALL
     SELECT oid, name, false, 'GRANT SELECT ON ' || name || ' TO todo_app' FROM touched
-    WHERE relkind IN ('v', 'm')) t
+    WHERE relkind = 'v') t
 WHERE EXISTS (SELECT FROM granted WHERE object = t.oid AND grantee = 0)
 
 UNION ALL SELECT DISTINCT 'grant-option', place, 'todo_app may grant it to others',
@@ -370,7 +386,7 @@ UNION ALL SELECT DISTINCT 'grant-option', place, 'todo_app may grant it to other
 FROM granted WHERE is_grantable
 
 UNION ALL SELECT DISTINCT 'grant-system', place,
-    'it is an object of PostgreSQL that todo_app may use only since somebody granted it',
+    'PostgreSQL or an extension gave no such right on it to todo_app: somebody granted it',
     'REVOKE ALL ON it FROM PUBLIC, todo_app'
 FROM granted WHERE system
 
@@ -392,6 +408,14 @@ UNION ALL SELECT 'grant-sequence', name,
         name)
 FROM relations r, app WHERE NOT pg_has_role(app.oid, relowner, 'MEMBER') AND CASE
     WHEN relkind = 'S' THEN has_sequence_privilege(app.oid, r.oid, 'USAGE, SELECT, UPDATE') END
+
+UNION ALL SELECT 'grant-large-objects', quote_ident(current_database()),
+    'todo_app may read some of its large objects, which have no row-level security: so may every user',
+    'keep their data as bytea in a table with a fence, and lo_unlink them'
+FROM app WHERE EXISTS (
+    SELECT FROM pg_largeobject_metadata
+    WHERE pg_has_role(app.oid, lomowner, 'MEMBER') OR current_setting('lo_compat_privileges') = 'on'
+        OR EXISTS (SELECT FROM aclexplode(lomacl) WHERE grantee IN (0, app.oid)))
 
 UNION ALL SELECT 'grant-version', name,
     'todo_app may change which migrations are said to have run',
@@ -431,7 +455,7 @@ UNION ALL SELECT 'sequence-unusable', s.name,
     'Identity(always=True) instead of SERIAL: it needs no right on its sequence'
 FROM owned o JOIN pg_attrdef d ON adrelid = o.oid
     JOIN pg_depend p ON classid = 'pg_attrdef'::regclass AND objid = d.oid
-    JOIN relations s ON s.oid = refobjid AND s.relkind = 'S', app
+    JOIN relations s ON s.oid = refobjid, app
 WHERE refclassid = 'pg_class'::regclass AND has_any_column_privilege(app.oid, o.oid, 'INSERT')
     AND CASE WHEN s.relkind = 'S' THEN
         NOT has_sequence_privilege(app.oid, s.oid, 'USAGE, UPDATE') END
@@ -449,7 +473,7 @@ FROM owned o, app WHERE has_any_column_privilege(app.oid, o.oid, 'UPDATE')
 UNION ALL SELECT DISTINCT 'trigger-disabled', name,
     'a trigger of it is disabled: updated_at or a foreign key is not kept',
     format('ALTER TABLE %s ENABLE TRIGGER ALL (a superuser, where it is the foreign key''s)', name)
-FROM (SELECT oid, name FROM stored UNION SELECT oid, name FROM relations WHERE auths OR ours) r
+FROM (SELECT oid, name FROM stored UNION SELECT oid, name FROM relations WHERE auths) r
     JOIN pg_trigger ON tgrelid = r.oid WHERE tgenabled NOT IN ('O', 'A')
 
 -- Settings
