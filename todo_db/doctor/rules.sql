@@ -35,7 +35,7 @@ masters AS (SELECT oid FROM mighty UNION ALL SELECT relowner FROM relations),
 touched AS (
     SELECT r.* FROM relations r, app
     WHERE NOT pg_has_role(app.oid, relowner, 'MEMBER')
-        AND (has_table_privilege(app.oid, r.oid, 'SELECT, DELETE, TRUNCATE, TRIGGER')
+        AND (has_table_privilege(app.oid, r.oid, 'DELETE, TRUNCATE, TRIGGER')
             OR has_any_column_privilege(app.oid, r.oid, 'SELECT, INSERT, UPDATE, REFERENCES'))),
 -- And the partitions and children of it.
 family AS (
@@ -111,7 +111,9 @@ functions AS (
 -- Wherever an expression calls a function, PostgreSQL asks for EXECUTE; for USAGE of its schema only
 -- where a statement names it, and not where a view, a default, a domain or an operator calls it. It
 -- asks nothing for a trigger, and the owner of an aggregate for what that calls.
-calls AS (SELECT classid, objid, refobjid AS function FROM pg_depend WHERE refclassid = 'pg_proc'::regclass),
+calls AS (
+    SELECT classid, objid, refobjid AS function
+    FROM pg_depend WHERE refclassid = 'pg_proc'::regclass),
 reached AS (
     SELECT f.* FROM functions f, app
     WHERE prorettype NOT IN ('trigger'::regtype, 'event_trigger'::regtype)
@@ -152,8 +154,7 @@ found (code, subject, problem, remedy) AS (
 
 -- Roles
 SELECT 'role-bypasses', rolname::text,
-    'it is a superuser, or has BYPASSRLS, REPLICATION or CREATEROLE: row-level security does not stop'
-    ' it',
+    'it passes row-level security: it is a superuser, or has BYPASSRLS, REPLICATION or CREATEROLE',
     'ALTER ROLE todo_app NOSUPERUSER NOBYPASSRLS NOREPLICATION NOCREATEROLE'
 FROM role WHERE oid IN (SELECT oid FROM mighty)
 
@@ -204,8 +205,8 @@ WHERE r.rolname <> 'todo_app'
     AND NOT (r.rolname = 'todo_auth' AND EXISTS (SELECT FROM authenticating))
 
 UNION ALL SELECT DISTINCT 'login-granted', place,
-    'the login has a right of its own on it: a call of one round trip has it, and so has injected SQL',
-    format('REVOKE ALL ON it FROM %I, or ALTER it: the login has the rights of todo_app', session_user)
+    'the login has a right of its own on it: injected SQL has it too, and a call of one round trip',
+    format('REVOKE ALL ON it FROM %I, or ALTER it: todo_app has what the application needs', rolname)
 FROM (
     SELECT refobjid, pg_describe_object(classid, objid, objsubid)
     FROM pg_shdepend JOIN pg_database d ON d.oid = dbid
