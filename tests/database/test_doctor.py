@@ -212,6 +212,13 @@ PLANTS = (
     # A1 A9: row-level security
     Weakness("rls-disabled", "public.tasks", "ALTER TABLE tasks DISABLE ROW LEVEL SECURITY"),
     Weakness("rls-not-forced", "public.users", "ALTER TABLE users NO FORCE ROW LEVEL SECURITY"),
+    Weakness(
+        "rls-not-forced",
+        "public.users",
+        """CREATE ROLE carol; ALTER TABLE users OWNER TO carol;
+        ALTER TABLE users NO FORCE ROW LEVEL SECURITY""",
+        f"ALTER TABLE users OWNER TO {OWNER}; DROP ROLE carol",
+    ),
     # B1 B2 B3 B4: policies
     Weakness("policy-missing", "public.tasks", "DROP POLICY tasks_own ON tasks"),
     Weakness(
@@ -1154,7 +1161,10 @@ class TestExamine:
                 "REVOKE EXECUTE ON FUNCTION pg_catalog.upper(text) FROM todo_auth",
             ),
             # A superuser sees every row, and find_credential does not read each table.
-            ("ALTER TABLE tasks OWNER TO postgres", f"ALTER TABLE tasks OWNER TO {OWNER}"),
+            (
+                "CREATE ROLE carol SUPERUSER; ALTER TABLE tasks OWNER TO carol",
+                f"ALTER TABLE tasks OWNER TO {OWNER}; DROP ROLE carol",
+            ),
             ("ALTER TABLE accounts OWNER TO postgres", f"ALTER TABLE accounts OWNER TO {OWNER}"),
             ("CREATE SCHEMA more; CREATE TABLE more.sessions ()", "DROP SCHEMA more CASCADE"),
             # An extension judges its own objects.
@@ -1556,14 +1566,16 @@ class TestOwnTables:
             assert ("owner-column", "public.notes") in await found(own_place)
 
     async def test_table_with_a_fenced_child_cannot_be_shared(self, own_place: Cluster) -> None:
-        plant = "ALTER TABLE labels INHERIT things"
-        shared = """CREATE TABLE things (user_id text NOT NULL REFERENCES users ON DELETE CASCADE);
-            ALTER TABLE things ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
-            CREATE POLICY todo_db_shared ON things FOR SELECT TO todo_app USING (true);
-            GRANT SELECT ON things TO todo_app; CREATE TABLE plain () INHERITS (things)"""
-        async with with_weakness(own_place, Weakness("", "", shared)):
-            assert await found(own_place) == set()
+        shared = """ALTER TABLE {0} ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
+            CREATE POLICY todo_db_shared ON {0} FOR SELECT TO todo_app USING (true);
+            GRANT SELECT ON {0} TO todo_app;"""
+        plant = f"""CREATE TABLE things (user_id text NOT NULL REFERENCES users ON DELETE CASCADE);
+            CREATE TABLE more_things () INHERITS (things);
+            {shared.format("things")} {shared.format("more_things")}"""
         async with with_weakness(own_place, Weakness("", "", plant)):
+            assert await found(own_place) == set()
+        fenced = "ALTER TABLE labels INHERIT things"
+        async with with_weakness(own_place, Weakness("", "", fenced)):
             assert await found(own_place) == {
                 ("policy-fence-missing", "public.things"),
                 ("policy-open", "todo_db_shared on public.things"),

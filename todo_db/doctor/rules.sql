@@ -54,7 +54,7 @@ stored AS (
             AND polname = 'todo_db_shared' AND polcmd = 'r' AND qual = 'true')
         -- It would show the rows of a child without the child's fence.
         AND NOT EXISTS (SELECT FROM pg_inherits JOIN policies c ON c.polrelid = inhrelid
-            WHERE inhparent = t.oid AND bind AND NOT polpermissive) AS shared,
+            WHERE inhparent = t.oid AND NOT polpermissive) AS shared,
         CASE
             WHEN relkind = 'f' THEN 'it is a foreign table, which can have none: REVOKE ALL ON '
                 || name || ' FROM todo_app, PUBLIC'
