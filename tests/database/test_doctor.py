@@ -138,8 +138,9 @@ PLANTS = (
     Weakness(
         "login-bypasses",
         "erin",
-        "CREATE ROLE erin SUPERUSER LOGIN IN ROLE todo_app, pg_monitor",
-        "DROP ROLE erin",
+        """CREATE ROLE erin SUPERUSER LOGIN IN ROLE todo_app, pg_monitor;
+        GRANT SET ON PARAMETER log_statement TO todo_auth""",
+        "REVOKE ALL ON PARAMETER log_statement FROM todo_auth; DROP ROLE erin",
         login="erin",
     ),
     Weakness(
@@ -212,13 +213,6 @@ PLANTS = (
     # A1 A9: row-level security
     Weakness("rls-disabled", "public.tasks", "ALTER TABLE tasks DISABLE ROW LEVEL SECURITY"),
     Weakness("rls-not-forced", "public.users", "ALTER TABLE users NO FORCE ROW LEVEL SECURITY"),
-    Weakness(
-        "rls-not-forced",
-        "public.users",
-        """CREATE ROLE carol; ALTER TABLE users OWNER TO carol;
-        ALTER TABLE users NO FORCE ROW LEVEL SECURITY""",
-        f"ALTER TABLE users OWNER TO {OWNER}; DROP ROLE carol",
-    ),
     # B1 B2 B3 B4: policies
     Weakness("policy-missing", "public.tasks", "DROP POLICY tasks_own ON tasks"),
     Weakness(
@@ -565,6 +559,13 @@ PLANTS = (
 MISTAKES = (
     Weakness("rls-disabled", "public.labels", "ALTER TABLE labels DISABLE ROW LEVEL SECURITY"),
     Weakness("rls-not-forced", "public.labels", "ALTER TABLE labels NO FORCE ROW LEVEL SECURITY"),
+    Weakness(
+        "rls-not-forced",
+        "public.labels",
+        """CREATE ROLE carol; ALTER TABLE labels OWNER TO carol;
+        ALTER TABLE labels NO FORCE ROW LEVEL SECURITY""",
+        f"ALTER TABLE labels OWNER TO {OWNER}; DROP ROLE carol",
+    ),
     Weakness(
         "rls-not-forced", 'app."Notes"', 'ALTER TABLE app."Notes" NO FORCE ROW LEVEL SECURITY'
     ),
