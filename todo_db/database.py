@@ -34,7 +34,10 @@ from todo_db.transaction import NO_USER, Transaction, TransactionPreamble, Trans
 # Asked as the role of the transactions, about all tables that it can touch, about itself and its
 # login, and about the connection.
 _CHECK: Final = f"""
-    WITH tables AS (
+    WITH privileged AS (
+        -- REPLICATION reads every change of every table.
+        SELECT oid FROM pg_roles WHERE true IN (rolsuper, rolbypassrls, rolreplication)
+    ), tables AS (
         SELECT c.*, c.oid::regclass::text AS name,
             EXISTS (SELECT FROM pg_policy WHERE polrelid = c.oid AND polname = 'todo_db_shared')
                 AND NOT has_any_column_privilege(c.oid, 'INSERT, UPDATE')
@@ -63,12 +66,11 @@ _CHECK: Final = f"""
         string_agg(name, ', ' ORDER BY name) FILTER (WHERE NOT is_fenced AND NOT is_shared)
             AS unfenced,
         count(*) FILTER (WHERE pg_has_role(current_user, relowner, 'MEMBER')) AS owned,
-        (SELECT count(*) FROM pg_roles r WHERE (r.rolsuper OR r.rolbypassrls)
-            AND pg_has_role(current_user, r.oid, 'MEMBER')) AS bypassing,
+        (SELECT count(*) FROM privileged WHERE pg_has_role(current_user, oid, 'MEMBER'))
+            AS bypassing,
         current_setting('row_security') AS row_security,
         CASE
-            WHEN EXISTS (SELECT FROM pg_roles r WHERE (r.rolsuper OR r.rolbypassrls)
-                    AND pg_has_role(session_user, r.oid, 'MEMBER'))
+            WHEN EXISTS (SELECT FROM privileged WHERE pg_has_role(session_user, oid, 'MEMBER'))
                 THEN 'the login bypasses row-level security'
             WHEN EXISTS (SELECT FROM pg_class o WHERE relkind IN ('r', 'p', 'v', 'm', 'f')
                     AND pg_has_role(session_user, o.relowner, 'MEMBER'))

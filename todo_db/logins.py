@@ -37,7 +37,8 @@ _UNFIT: Final = """
     SELECT concat_ws(', and it ',
         CASE WHEN NOT rolcanlogin AND rolname <> :role
             THEN 'is a role that cannot log in' END,
-        CASE WHEN EXISTS (SELECT FROM pg_roles b WHERE (b.rolsuper OR b.rolbypassrls)
+        CASE WHEN EXISTS (SELECT FROM pg_roles b
+                WHERE true IN (b.rolsuper, b.rolbypassrls, b.rolreplication)
                 AND pg_has_role(r.oid, b.oid, 'MEMBER'))
             THEN 'bypasses row-level security, itself or by a role that it is a member of' END,
         CASE WHEN NOT rolsuper AND EXISTS (SELECT FROM pg_class

@@ -1457,7 +1457,7 @@ class TestOwnTables:
             f"""{NOTES} ALTER TABLE notes DROP CONSTRAINT notes_user_id_fkey, ADD body text,
             ADD label_id bigint NOT NULL, ADD FOREIGN KEY (user_id, label_id)
             REFERENCES labels (user_id, id) ON DELETE CASCADE""",
-            # Nobody changes it, or whoever changes it says so.
+            # No user changes it, or the statement that does sets updated_at.
             "DROP TRIGGER touch ON labels; REVOKE UPDATE ON labels FROM todo_app",
             "DROP TRIGGER touch ON labels; GRANT UPDATE (updated_at) ON labels TO todo_app",
             "ALTER TABLE labels ADD serial serial; REVOKE INSERT ON labels FROM todo_app",

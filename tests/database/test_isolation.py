@@ -89,7 +89,7 @@ async def with_weakness(server: EmbeddedPostgres, *plant: str) -> AsyncGenerator
             yield superuser
         finally:
             await superuser.execute("""
-                ALTER ROLE todo_app NOSUPERUSER NOBYPASSRLS;
+                ALTER ROLE todo_app NOSUPERUSER NOBYPASSRLS NOREPLICATION;
                 ALTER TABLE users OWNER TO todo_owner;
                 ALTER TABLE tasks OWNER TO todo_owner;
                 ALTER TABLE tasks ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;
@@ -120,6 +120,7 @@ class TestOpen:
             ("ALTER TABLE idempotency_keys NO FORCE ROW LEVEL SECURITY",),
             ("ALTER ROLE todo_app BYPASSRLS",),
             ("ALTER ROLE todo_app SUPERUSER",),
+            ("ALTER ROLE todo_app REPLICATION",),
             (
                 "CREATE ROLE planted",
                 "ALTER TABLE tasks OWNER TO planted",
@@ -138,6 +139,7 @@ class TestOpen:
             "A1 keys not forced",
             "A2 bypasses",
             "A2 superuser",
+            "A2 replicates",
             "A3 member of the owner",
             "A4 inherits a bypass",
             "A4 may become a superuser",

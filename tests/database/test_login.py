@@ -327,6 +327,7 @@ class TestRefusals:
                 "the login bypasses row-level security, itself or by a role",
             ),
             ("CREATE ROLE {name} LOGIN SUPERUSER", "the login bypasses row-level security"),
+            ("CREATE ROLE {name} LOGIN REPLICATION", "the login bypasses row-level security"),
             (
                 (
                     "CREATE ROLE planted BYPASSRLS; CREATE ROLE {name} LOGIN;"
@@ -369,6 +370,7 @@ class TestRefusals:
             "no login",
             "bypasses",
             "superuser",
+            "replicates",
             "member of one that bypasses",
             "member of a superuser",
             "member of an owner",

@@ -240,6 +240,10 @@ MORE: Final[dict[str, tuple[str, str]]] = {
         "the login bypasses row-level security",
         f"ALTER ROLE {ODD} SUPERUSER",
     ),
+    "reader of what is replicated": (
+        "the login bypasses row-level security",
+        f"ALTER ROLE {ODD} REPLICATION",
+    ),
     "member of a role that bypasses": (
         "the login bypasses row-level security",
         f"GRANT todo_owner TO {ODD} WITH INHERIT FALSE",

@@ -10,7 +10,7 @@ modern AS (SELECT current_setting('server_version_num')::integer >= 160000 AS ye
 login AS (SELECT * FROM pg_roles WHERE rolname = session_user),
 -- A role with REPLICATION reads every change of every table, and before PostgreSQL 16 one with
 -- CREATEROLE becomes any role but a superuser.
-mighty AS (
+privileged AS (
     SELECT oid FROM pg_roles, modern
     WHERE rolsuper OR rolbypassrls OR rolreplication OR rolcreaterole AND NOT yes),
 authenticating AS (
@@ -30,7 +30,8 @@ relations AS (
     FROM pg_class c JOIN spaces n ON n.oid = relnamespace
     WHERE relkind IN ('r', 'p', 'f', 'v', 'm', 'S') AND NOT EXISTS (SELECT FROM pg_depend
         WHERE classid = 'pg_class'::regclass AND objid = c.oid AND deptype = 'e')),
-masters AS (SELECT oid FROM mighty UNION ALL SELECT relowner FROM relations),
+-- What row-level security does not bind.
+unbound AS (SELECT oid FROM privileged UNION ALL SELECT relowner FROM relations),
 -- What todo_app can touch.
 touched AS (
     SELECT r.* FROM relations r, app
@@ -156,7 +157,7 @@ found (code, subject, problem, remedy) AS (
 SELECT 'role-bypasses', rolname::text,
     'it passes row-level security: it is a superuser, or has BYPASSRLS, REPLICATION or CREATEROLE',
     'ALTER ROLE todo_app NOSUPERUSER NOBYPASSRLS NOREPLICATION NOCREATEROLE'
-FROM role WHERE oid IN (SELECT oid FROM mighty)
+FROM role WHERE oid IN (SELECT oid FROM privileged)
 
 UNION ALL SELECT 'role-member', r.oid::regrole::text,
     'todo_app is a member of it: what it may see, bypass or do, transactions can too',
@@ -181,7 +182,7 @@ UNION ALL SELECT 'login-bypasses', session_user::text,
     'make a login of its own: todo-db login todo_login, and connect with the URL that it prints'
 WHERE EXISTS (
     SELECT FROM pg_roles r WHERE pg_has_role(session_user, r.oid, 'MEMBER')
-        AND r.oid IN (SELECT oid FROM masters)
+        AND r.oid IN (SELECT oid FROM unbound)
         AND (r.rolname = session_user OR NOT EXISTS (
             SELECT FROM role WHERE pg_has_role(role.oid, r.oid, 'MEMBER'))))
 
@@ -201,7 +202,7 @@ UNION ALL SELECT 'login-member', r.oid::regrole::text,
     format('REVOKE %s FROM the login', r.oid::regrole)
 FROM pg_auth_members m JOIN pg_roles r ON r.oid = m.roleid JOIN login ON login.oid = m.member
 WHERE r.rolname <> 'todo_app'
-    AND NOT EXISTS (SELECT FROM masters WHERE oid IN (login.oid, r.oid))
+    AND NOT EXISTS (SELECT FROM unbound WHERE oid IN (login.oid, r.oid))
     AND NOT (r.rolname = 'todo_auth' AND EXISTS (SELECT FROM authenticating))
 
 UNION ALL SELECT DISTINCT 'login-granted', place,
@@ -215,7 +216,7 @@ FROM (
     FROM pg_database, aclexplode(datacl)
     WHERE datname = current_database() AND privilege_type <> 'CONNECT') g (grantee, place)
     JOIN login ON login.oid = grantee
-WHERE grantee NOT IN (SELECT oid FROM masters) AND rolname <> 'todo_app'
+WHERE grantee NOT IN (SELECT oid FROM unbound) AND rolname <> 'todo_app'
 
 UNION ALL SELECT 'owner-blind', name,
     'its owner neither bypasses nor escapes row-level security: backfills and dumps see no row',
@@ -299,7 +300,7 @@ FROM keys WHERE NOT convalidated OR to_users AND carries AND confdeltype <> 'c'
     OR confdeltype IN ('n', 'd') AND owner = ANY (coalesce(confdelsetcols, conkey))
 
 UNION ALL SELECT 'foreign-key-missing', name,
-    'its rows outlive their user, and belong to whoever gets the same id next',
+    'its rows outlive their user, and belong to the next user with the same id',
     format('ALTER TABLE %s ADD FOREIGN KEY (user_id) REFERENCES public.users ON DELETE CASCADE',
         name)
 FROM owned WHERE NOT of_users AND named_by_text AND relkind <> 'f' AND oid NOT IN (
