@@ -30,7 +30,7 @@ EXAMPLE: Final = ROOT / "examples" / "fullstack"
 START: Final = EXAMPLE / "start.py"
 SCREENSHOTS: Final = os.environ.get("TODO_SCREENSHOTS")
 """A folder. If it is set, every state of the page is stored there."""
-# Of a slow machine. Whatever is waited for comes much sooner.
+# For a slow machine: on a fast one, what is waited for comes much sooner.
 _PATIENCE_MS: Final = 30_000
 expect.set_options(timeout=_PATIENCE_MS)
 _AXE: Final = EXAMPLE / "node_modules" / "axe-core" / "axe.min.js"
