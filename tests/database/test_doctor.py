@@ -1005,9 +1005,14 @@ def cluster(
 @pytest_asyncio.fixture(scope="module")
 async def template(cluster: Cluster) -> str:
     """A migrated database to copy."""
-    await upgrade(await cluster.create_database(TEMPLATE))
-    await cluster.execute(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app")
+    await migrate(cluster, TEMPLATE)
     return TEMPLATE
+
+
+async def migrate(cluster: Cluster, name: str) -> None:
+    """Create a migrated database, and the recommended login."""
+    await upgrade(await cluster.create_database(name))
+    await cluster.execute(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app")
 
 
 @pytest_asyncio.fixture(scope="module")
@@ -1342,8 +1347,7 @@ class TestExamine:
         version: int,
     ) -> None:
         with Cluster(version) as server:
-            await upgrade(await server.create_database(DATABASE))
-            await server.execute(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app")
+            await migrate(server, DATABASE)
             assert await found(server) == set()
             await server.execute(f"GRANT todo_auth TO {LOGIN}")
             plant = "DROP INDEX ix_sessions_user_id; GRANT SELECT (id) ON tasks TO todo_auth"
@@ -1361,8 +1365,7 @@ class TestExamine:
         todo_postgres: EmbeddedPostgres,  # noqa: ARG002  # as for `cluster`
     ) -> None:
         with Cluster(15) as server:
-            await upgrade(await server.create_database(TEMPLATE))
-            await server.execute(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app")
+            await migrate(server, TEMPLATE)
             for plant, findings in (
                 # It could grant itself any role.
                 (f"ALTER ROLE {LOGIN} CREATEROLE", {("login-bypasses", LOGIN)}),
@@ -1654,8 +1657,7 @@ class TestOwnTables:
         version: int,
     ) -> None:
         with Cluster(version) as server:
-            await upgrade(await server.create_database(TEMPLATE))
-            await server.execute(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app")
+            await migrate(server, TEMPLATE)
             await add_own_tables(server, TEMPLATE)
             async with copied(server, OWN_TEMPLATE):
                 assert await found(server) == set()
@@ -1671,8 +1673,7 @@ class TestOwnTables:
     ) -> None:
         # The wheel has no btree_gist.
         with Cluster(15) as server:
-            await upgrade(await server.create_database(TEMPLATE))
-            await server.execute(f"CREATE ROLE {LOGIN} LOGIN IN ROLE todo_app")
+            await migrate(server, TEMPLATE)
             await add_own_tables(server, TEMPLATE)
             for operator, findings in (
                 ("=", set()),
