@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Iterable
 from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from pathlib import Path
@@ -83,6 +83,17 @@ def _chromium() -> str:
     path = shutil.which("chromium")
     assert path is not None, "Debian's package chromium is not installed"
     return path
+
+
+async def guesses(browser: httpx.AsyncClient, addresses: Iterable[str]) -> list[int]:
+    """Guess a password from each of the addresses, as the client says; return the statuses."""
+    statuses: list[int] = []
+    for number, address in enumerate(addresses):
+        body = {"email": "alice@example.org", "password": f"guess number {number}"}
+        headers = {"x-forwarded-for": address}
+        answer = await browser.post("/api/auth/sign-in/email", json=body, headers=headers)
+        statuses.append(answer.status_code)
+    return statuses
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ import pytest_asyncio
 from better_auth import PASSWORD, ask, tables_that_name
 from cache import ROOT
 from driver import Connection
-from fullstack import EXAMPLE, Person, chromium_browser, started, visitor
+from fullstack import EXAMPLE, Person, chromium_browser, guesses, started, visitor
 from playwright.async_api import Browser, Route, expect
 from ports import free_port
 
@@ -926,12 +926,7 @@ class TestServer:
 
     async def test_counts_guesses_by_the_address_of_the_socket(self, production: str) -> None:
         async with visitor(production) as mallory:
-            statuses: list[int] = []
-            for number in range(15):
-                body = {"email": "alice@example.org", "password": f"guess number {number}"}
-                headers = {"x-forwarded-for": f"203.0.113.{number}"}
-                answer = await mallory.post("/api/auth/sign-in/email", json=body, headers=headers)
-                statuses.append(answer.status_code)
+            statuses = await guesses(mallory, [f"203.0.113.{number}" for number in range(15)])
         assert statuses[:3] == [401] * 3
         assert set(statuses[3:]) == {429}
 

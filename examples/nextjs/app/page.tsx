@@ -5,7 +5,7 @@ import { useState } from "react";
 
 const auth = createAuthClient();
 
-export default function Door() {
+export default function SignIn() {
   const [problem, setProblem] = useState<string>();
 
   async function signIn(form: FormData) {

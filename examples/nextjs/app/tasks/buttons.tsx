@@ -5,7 +5,7 @@ import { useRouter } from "next/navigation";
 
 const auth = createAuthClient();
 
-export type Task = { id: number; title: string; completed: boolean; updated_at: string };
+export type Task = { id: number; title: string; completed: boolean };
 
 export function Done({ task }: { task: Task }) {
   const router = useRouter();
